@@ -1,0 +1,67 @@
+"""`--scheduler` and `--fastserve-config` for vLLM's command line."""
+
+import argparse
+import json
+from typing import Any
+
+from fastserve_vllm.config import ConfigError, FastServeConfig
+from fastserve_vllm.selection import check_scheduler_class, engine_overrides
+
+SCHEDULERS = ("fastserve",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add FastServe's flags to a parser of engine arguments."""
+    group = parser.add_argument_group(
+        "FastServe", "Skip-join multi-level feedback queues with preemption at every token."
+    )
+    group.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default=None,
+        help="Replace vLLM's iteration scheduler.",
+    )
+    group.add_argument(
+        "--fastserve-config",
+        type=_parse_config,
+        default=None,
+        help="FastServe's configuration as JSON, or by key: --fastserve-config.num_levels 8.",
+    )
+
+
+def apply(args: argparse.Namespace) -> None:
+    """Rewrite parsed arguments so that vLLM's own ones select FastServe; does so once.
+
+    Raises:
+        ValueError: flags that exclude each other, or a configuration without the scheduler.
+    """
+    config = getattr(args, "fastserve_config", None)
+    if getattr(args, "scheduler", None) is None:
+        if config is not None:
+            raise ValueError("--fastserve-config has no effect without --scheduler fastserve")
+        return
+    check_scheduler_class(args.scheduler_cls)
+    overrides = engine_overrides(config, args.kv_transfer_config)
+    args.scheduler_cls = overrides["scheduler_cls"]
+    args.kv_transfer_config = _transfer_config(overrides["kv_transfer_config"])
+    # The namespace travels to other processes, where it is read again.
+    args.scheduler = args.fastserve_config = None
+
+
+def _parse_config(text: str) -> FastServeConfig:
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is expected, got {text}")
+    try:
+        return FastServeConfig.parse(raw)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _transfer_config(mapping: dict[str, Any]) -> Any:
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(**mapping)

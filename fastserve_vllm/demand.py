@@ -1,0 +1,110 @@
+"""Answers the planner's questions about requests and blocks from vLLM's own state."""
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import Request, RequestStatus
+
+from fastserve_vllm.policy.budget import StepLimits
+from fastserve_vllm.policy.job import Job
+
+if TYPE_CHECKING:
+    from fastserve_vllm.scheduler import FastServeScheduler
+
+
+class HostDemand:
+    """A `Demand`: what a job's next step needs, and what its KV cache is worth."""
+
+    def __init__(self, scheduler: "FastServeScheduler") -> None:
+        self._scheduler = scheduler
+        self._kv = scheduler.kv_cache_manager
+        self._overlapping = scheduler.vllm_config.max_concurrent_batches > 1
+        config, lora = scheduler.scheduler_config, scheduler.lora_config
+        self.decode_tokens = 1 + scheduler.num_spec_tokens
+        self._chunk = config.long_prefill_token_threshold or 1 << 62
+        self._chunked = config.enable_chunked_prefill
+        self._max_adapters = lora.max_loras if lora is not None else None
+        groups = self._kv.num_kv_cache_groups
+        # A decode may cross one block boundary a group, or more where it drafts tokens ahead.
+        self._block_bound = groups * (1 + self.decode_tokens // scheduler.block_size)
+        self._block_tokens = scheduler.block_size
+
+    def limits(self) -> StepLimits:
+        """The room of the step that is about to be planned."""
+        scheduler = self._scheduler
+        sessions = scheduler.num_waiting_for_streaming_input
+        slots = None
+        if scheduler.use_v2_model_runner:
+            held = scheduler.planner.num_residents + sessions
+            slots = scheduler.max_num_running_reqs - held
+        return StepLimits(
+            batch_limit=max(scheduler.max_num_active_reqs - sessions, 0),
+            token_budget=scheduler.max_num_scheduled_tokens,
+            decode_tokens=self.decode_tokens,
+            prefill_chunk=self._chunk,
+            chunked_prefill=self._chunked,
+            free_blocks=self._kv.block_pool.get_num_free_blocks(),
+            block_bound=self._block_bound,
+            block_tokens=self._block_tokens,
+            headroom_blocks=self._kv.watermark_blocks,
+            free_slots=slots,
+            max_adapters=self._max_adapters,
+            overlapping=self._overlapping,
+            admit_queued=scheduler._pause_state is PauseState.UNPAUSED,
+        )
+
+    def ready(self, job: Job) -> bool:
+        """Whether vLLM would schedule a token for the job now."""
+        request: Request = job.handle
+        if request.status != RequestStatus.RUNNING:
+            return not request.num_stale_output_tokens or request.drop_stale_output
+        placeholders = request.num_output_placeholders
+        if placeholders and (
+            request.num_computed_tokens + 2 - placeholders
+            >= request.num_prompt_tokens + request.max_tokens
+        ):
+            return False
+        if self._scheduler.current_step + 1 < request.next_decode_eligible_step:
+            return False
+        return request.num_tokens_with_spec + placeholders > request.num_computed_tokens
+
+    def new_blocks(self, job: Job) -> int:
+        """Blocks that the job's next step needs; a queued job needs room for all of its prompt."""
+        request: Request = job.handle
+        missing = self._scheduler._request_remaining_blocks(request)
+        if request.status == RequestStatus.RUNNING:
+            # A token in flight may cross a boundary that vLLM's count does not see yet.
+            ahead = request.num_output_placeholders > 0
+            return missing + (self._block_bound if ahead else 0)
+        return missing - self._shared_blocks(request) if missing else 0
+
+    def freed_blocks(self, job: Job) -> int | None:
+        """Blocks that only this job holds; None while a step in flight may still write them."""
+        request: Request = job.handle
+        if request.status != RequestStatus.RUNNING:
+            return None
+        if not self._scheduler._request_blocks_can_be_freed(request):
+            return None
+        groups = self._kv.get_blocks(request.request_id).blocks
+        return sum(block.ref_cnt == 1 for group in groups for block in group)
+
+    def adapter(self, job: Job) -> int:
+        """Id of the request's LoRA adapter, 0 for none."""
+        lora = job.handle.lora_request
+        return 0 if lora is None else lora.lora_int_id
+
+    def holds_kv(self, job: Job) -> bool:
+        """Whether blocks are allocated to the request."""
+        request: Request = job.handle
+        return request.status == RequestStatus.RUNNING or request.num_computed_tokens > 0
+
+    def cached_tokens(self, request: Request) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return self._kv.get_computed_blocks(request)[1]
+
+    def _shared_blocks(self, request: Request) -> int:
+        """Cached prompt blocks that others hold: adopting them takes nothing from the free ones."""
+        if request.num_computed_tokens:
+            return 0
+        groups = self._kv.get_computed_blocks(request)[0].blocks
+        return sum(block.ref_cnt > 0 and not block.is_null for group in groups for block in group)

@@ -1,0 +1,210 @@
+"""The contract with vLLM: all that FastServe touches, in one table, checked at start-up."""
+
+import dis
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from packaging.version import Version
+
+SUPPORTED = ((0, 32), (0, 34))
+"""vLLM's minor versions from the first up to, not including, the second."""
+
+
+class HostContractError(RuntimeError):
+    """The installed vLLM is not one that this FastServe can drive; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One thing of vLLM's that FastServe relies on.
+
+    Attributes:
+        path: "module:Class.member".
+        parameters: names that a function's signature must have, in this order, first.
+        sets: names of attributes that the class's `__init__` must set.
+        why: what FastServe does with it.
+    """
+
+    path: str
+    why: str
+    parameters: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+    def violations(self) -> Iterator[str]:
+        """What about the seam is not as expected; nothing when all is well."""
+        try:
+            target = _resolve(self.path)
+        except (ImportError, AttributeError) as error:
+            yield f"{self.path} is missing ({error}); needed to {self.why}"
+            return
+        if self.parameters:
+            found = tuple(inspect.signature(target).parameters)
+            if found[: len(self.parameters)] != self.parameters:
+                yield (
+                    f"{self.path} takes {found}, expected it to begin with {self.parameters}; "
+                    f"needed to {self.why}"
+                )
+        written = set(_written_by_init(target)) if self.sets else set()
+        for name in self.sets:
+            if name not in written:
+                yield f"{self.path} does not set {name}; needed to {self.why}"
+
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_KV = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
+
+CONTRACT: tuple[Seam, ...] = (
+    Seam("vllm.v1.core.sched.async_scheduler:AsyncScheduler", "inherit the iteration scheduler"),
+    Seam(f"{_SCHEDULER}.schedule", "run a planned step", ("self", "throttle_prefills")),
+    Seam(
+        f"{_SCHEDULER}.update_from_output",
+        "time a step",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
+    Seam(
+        f"{_SCHEDULER}._enqueue_waiting_request",
+        "take in arrivals and sessions that wait for input",
+        ("self", "request"),
+    ),
+    Seam(
+        f"{_SCHEDULER}._preempt_request",
+        "give up a request's KV cache",
+        ("self", "request", "timestamp", "drop_stale_output"),
+    ),
+    Seam(f"{_SCHEDULER}._free_request", "forget finished requests", ("self", "request")),
+    Seam(
+        f"{_SCHEDULER}._handle_blocked_waiting_request",
+        "ask whether a grammar, remote KV or input has come",
+        ("self", "request"),
+    ),
+    Seam(
+        f"{_SCHEDULER}._request_blocks_can_be_freed",
+        "leave the KV cache of steps in flight alone",
+        ("self", "request"),
+    ),
+    Seam(
+        f"{_SCHEDULER}._request_remaining_blocks",
+        "count the blocks that a request still needs",
+        ("self", "request"),
+    ),
+    Seam(
+        f"{_SCHEDULER}._is_blocked_waiting_status",
+        "tell requests that cannot run yet",
+        ("status",),
+    ),
+    Seam(f"{_SCHEDULER}.get_request_counts", "count paused requests as running", ("self",)),
+    Seam(
+        f"{_SCHEDULER}.reset_prefix_cache",
+        "hand paused requests back before a reset",
+        ("self", "reset_running_requests", "reset_connector"),
+    ),
+    Seam(f"{_SCHEDULER}.shutdown", "save the step-time profile", ("self",)),
+    Seam(
+        _SCHEDULER,
+        "read and narrow the scheduler's state",
+        sets=(
+            "running",
+            "waiting",
+            "kv_holding_waiting",
+            "requests",
+            "connector",
+            "lora_config",
+            "kv_cache_manager",
+            "use_v2_model_runner",
+            "max_num_active_reqs",
+            "max_num_running_reqs",
+            "max_num_scheduled_tokens",
+            "num_waiting_for_streaming_input",
+            "num_spec_tokens",
+            "scheduler_config",
+            "current_step",
+            "_pause_state",
+        ),
+    ),
+    Seam(
+        "vllm.v1.request:Request",
+        "read a request's progress",
+        sets=(
+            "request_id",
+            "priority",
+            "status",
+            "lora_request",
+            "max_tokens",
+            "num_prompt_tokens",
+            "num_computed_tokens",
+            "num_output_placeholders",
+            "num_stale_output_tokens",
+            "drop_stale_output",
+            "next_decode_eligible_step",
+        ),
+    ),
+    Seam("vllm.v1.request:Request.num_tokens_with_spec", "read a request's length"),
+    Seam(
+        "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests",
+        "replace the waiting queues",
+        ("self", "requests"),
+    ),
+    Seam(f"{_KV}.get_computed_blocks", "find a prompt's cached prefix", ("self", "request")),
+    Seam(f"{_KV}.get_blocks", "count the blocks that a preemption frees", ("self", "request_id")),
+    Seam(_KV, "count free blocks", sets=("block_pool", "watermark_blocks", "num_kv_cache_groups")),
+    Seam(
+        "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "count free blocks", ("self",)
+    ),
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args", "declare command-line flags", ("parser",)
+    ),
+    Seam("vllm.engine.arg_utils:EngineArgs.from_cli_args", "read command-line flags", ("args",)),
+    Seam(f"{_CONNECTOR}.get_kv_connector_stats", "export figures", ("self",)),
+    Seam(
+        f"{_CONNECTOR}.build_prom_metrics",
+        "export figures",
+        ("vllm_config", "metric_types", "labelnames", "per_engine_labelvalues"),
+    ),
+    Seam(f"{_CONNECTOR}.requires_kv_delivery", "keep preempted requests' output"),
+    Seam(
+        "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:"
+        "MultiConnector.sub_connectors",
+        "live beside a user's own connector",
+    ),
+)
+
+
+def check(contract: tuple[Seam, ...] = CONTRACT) -> None:
+    """Compare the installed vLLM with the contract.
+
+    Raises:
+        HostContractError: listing the version or every seam that does not fit.
+    """
+    import vllm
+
+    low, high = SUPPORTED
+    release = Version(vllm.__version__).release[:2]
+    if not low <= release < high:
+        raise HostContractError(
+            f"this FastServe supports vLLM >={low[0]}.{low[1]},<{high[0]}.{high[1]}; "
+            f"{vllm.__version__} is installed"
+        )
+    violations = [text for seam in contract for text in seam.violations()]
+    if violations:
+        raise HostContractError(
+            f"vLLM {vllm.__version__} is not as FastServe expects:\n- " + "\n- ".join(violations)
+        )
+
+
+def _resolve(path: str) -> Any:
+    module, _, names = path.partition(":")
+    target: Any = import_module(module)
+    for name in names.split("."):
+        target = getattr(target, name)
+    return target
+
+
+def _written_by_init(cls: type[Any]) -> Iterator[str]:
+    """Names of the attributes that the class's `__init__` assigns."""
+    for instruction in dis.get_instructions(cls.__init__):
+        if instruction.opname == "STORE_ATTR":
+            yield instruction.argval

@@ -1,0 +1,1 @@
+"""The KV connector: FastServe's configuration and statistics channel inside vLLM."""

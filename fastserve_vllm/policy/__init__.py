@@ -1,0 +1,1 @@
+"""The scheduling policy: pure, deterministic, standard library only; time is an argument."""

@@ -1,0 +1,96 @@
+"""The interface of a policy, and the policies that never change a job's place."""
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Protocol
+
+from fastserve_vllm.policy.job import Job
+
+
+class Policy(Protocol):
+    """Orders jobs through `Job.key`. Every method costs O(log n) in the jobs it knows.
+
+    A method that returns jobs returns those whose key it changed, for the caller to re-queue.
+    """
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels a job can be in."""
+        ...
+
+    def join(self, job: Job, now_s: float) -> None:
+        """Give an arriving job its level and key. It waits from `now_s` on."""
+        ...
+
+    def leave(self, job: Job) -> None:
+        """Forget a job that finished, was aborted, or is blocked."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """The job is in the batch from the next step on."""
+        ...
+
+    def stop(self, job: Job, now_s: float) -> None:
+        """The job is out of the batch and waits from `now_s` on."""
+        ...
+
+    def charge(self, step_s: float) -> Sequence[Job]:
+        """A step of `step_s` seconds ended: charge it to the running jobs."""
+        ...
+
+    def promote_starved(self, now_s: float) -> Sequence[Job]:
+        """Raise the jobs that have waited for too long."""
+        ...
+
+
+class StaticPolicy:
+    """A policy whose keys never change: no levels, no quanta, no promotion."""
+
+    num_levels = 1
+
+    def __init__(self) -> None:
+        self._arrivals = count()
+
+    def key(self, job: Job) -> tuple[float, ...]:
+        """The job's place in the total order, fixed at arrival."""
+        raise NotImplementedError
+
+    def join(self, job: Job, now_s: float) -> None:
+        """Number the arrival and fix its key."""
+        job.arrival = next(self._arrivals)
+        job.waiting_since_s = now_s
+        job.key = self.key(job)
+
+    def leave(self, job: Job) -> None:
+        """Nothing is kept."""
+
+    def start(self, job: Job) -> None:
+        """Nothing is kept."""
+
+    def stop(self, job: Job, now_s: float) -> None:
+        """Note since when the job waits."""
+        job.waiting_since_s = now_s
+
+    def charge(self, step_s: float) -> Sequence[Job]:
+        """Service does not matter."""
+        return ()
+
+    def promote_starved(self, now_s: float) -> Sequence[Job]:
+        """Nobody is ever promoted."""
+        return ()
+
+
+class Fcfs(StaticPolicy):
+    """Arrival order within a priority class: every request runs to completion."""
+
+    def key(self, job: Job) -> tuple[float, ...]:
+        """(priority, arrival)."""
+        return (job.priority, job.arrival)
+
+
+class FixedPriority(StaticPolicy):
+    """Shortest prompt first, the paper's fixed-priority baseline (figure 16)."""
+
+    def key(self, job: Job) -> tuple[float, ...]:
+        """(priority, prompt tokens, arrival)."""
+        return (job.priority, job.prompt_tokens, job.arrival)

@@ -1,0 +1,208 @@
+"""What a step has to give away, and the job-by-job decision of who gets it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.queues import ResidentTail
+
+
+class Demand(Protocol):
+    """What the host alone knows of a job's next step. Asked only where a limit binds."""
+
+    def ready(self, job: Job) -> bool:
+        """Whether the job has something to compute that is not already in flight."""
+        ...
+
+    def new_blocks(self, job: Job) -> int:
+        """Device blocks that its next step needs beyond those it holds."""
+        ...
+
+    def freed_blocks(self, job: Job) -> int | None:
+        """Device blocks that giving up its KV cache frees at once; None: not possible now."""
+        ...
+
+    def adapter(self, job: Job) -> int:
+        """Id of its LoRA adapter, 0 for none."""
+        ...
+
+    def holds_kv(self, job: Job) -> bool:
+        """Whether the job has KV cache on the device, in the batch or not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The room that one step has.
+
+    Attributes:
+        batch_limit: jobs in the batch.
+        token_budget: tokens computed.
+        decode_tokens: tokens that a decode computes; a job that wants more is in prefill.
+        prefill_chunk: most tokens that one prefill may compute.
+        chunked_prefill: whether a prefill may take less than it wants.
+        free_blocks: device blocks that nobody holds.
+        block_bound: most new blocks that any decode can need.
+        block_tokens: fewest tokens that one more block holds.
+        headroom_blocks: blocks that must stay free when a queued job is let in.
+        free_slots: model-runner slots that nobody holds; None where pausing keeps no slot.
+        max_adapters: distinct LoRA adapters in a step; None: adapters are not in use.
+        overlapping: steps overlap, so a running job may have nothing left to schedule.
+        admit_queued: whether jobs without KV cache may start at all.
+    """
+
+    batch_limit: int
+    token_budget: int
+    decode_tokens: int = 1
+    prefill_chunk: int = 1 << 62
+    chunked_prefill: bool = True
+    free_blocks: int = 1 << 62
+    block_bound: int = 1
+    block_tokens: int = 16
+    headroom_blocks: int = 0
+    free_slots: int | None = None
+    max_adapters: int | None = None
+    overlapping: bool = False
+    admit_queued: bool = True
+
+    @property
+    def binding(self) -> bool:
+        """Whether each job must be looked at, whatever the sums say."""
+        return (
+            self.overlapping
+            or self.max_adapters is not None
+            or self.free_slots is not None
+        )
+
+    def hold(self, batch: Iterable[Job]) -> bool:
+        """Whether the whole batch fits for certain, by sums that overestimate what it needs."""
+        tokens = blocks = 0
+        for job in batch:
+            tokens += job.next_tokens
+            blocks += self.block_bound
+            if job.next_tokens > self.decode_tokens:
+                blocks += self.block_bound * (job.next_tokens // self.block_tokens + 1)
+        return tokens <= self.token_budget and blocks + self.headroom_blocks <= self.free_blocks
+
+
+class Verdict(Enum):
+    """What became of a job that asked for a place in the step."""
+
+    ADMITTED = "admitted"
+    NOT_READY = "not_ready"
+    DECLINED = "declined"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True)
+class StepBudget:
+    """What is left of a step while jobs are admitted in the total order.
+
+    A job is admitted whole or changes nothing. Where blocks or slots run short, the job that
+    would run last gives up its KV cache; never one that stands before the job that asks.
+    """
+
+    limits: StepLimits
+    demand: Demand
+    residents: ResidentTail
+    victims: dict[Job, None] = field(default_factory=dict)
+    spared: list[Job] = field(default_factory=list)
+    declined: dict[str, int] = field(default_factory=dict)
+    partial: Job | None = None
+    _admitted: int = 0
+    _tokens: int = 0
+    _blocks: int = 0
+    _slots: int = 0
+    _adapters: set[int] = field(default_factory=set)
+    _queued_closed: bool = False
+    _queued_admitted: bool = False
+
+    def __post_init__(self) -> None:
+        self._tokens = self.limits.token_budget
+        self._blocks = self.limits.free_blocks
+        self._slots = self.limits.free_slots or 0
+
+    def admit(self, job: Job) -> Verdict:
+        """Give the job its share of the step, or say why not."""
+        if self._admitted == self.limits.batch_limit or self._tokens <= 0:
+            return Verdict.CLOSED
+        if job in self.victims or not self.demand.ready(job):
+            return Verdict.NOT_READY
+        queued = job.state is JobState.QUEUED
+        tokens = self._token_share(job, queued)
+        reason = self._obstacle(job, queued, tokens)
+        if reason is not None:
+            self.declined[reason] = self.declined.get(reason, 0) + 1
+            return Verdict.DECLINED
+        self._take(job, queued, tokens)
+        return Verdict.ADMITTED
+
+    def _token_share(self, job: Job, queued: bool) -> int:
+        """Tokens the job gets; 0: none.
+
+        The host serves running jobs before queued ones, so a running prefill that does not get
+        all that it wants would take tokens from a queued job ahead of it: it must sit out. The
+        one prefill that gets the rest leaves a token to each decode that follows.
+        """
+        limits = self.limits
+        wanted = min(job.next_tokens, limits.prefill_chunk)
+        if wanted <= self._tokens and (self.partial is None or wanted <= limits.decode_tokens):
+            return wanted
+        if wanted <= limits.decode_tokens or self.partial is not None:
+            return 0
+        if not limits.chunked_prefill or (self._queued_admitted and not queued):
+            return 0
+        return 1
+
+    def _obstacle(self, job: Job, queued: bool, tokens: int) -> str | None:
+        """The first limit that keeps the job out; None once room has been made for it."""
+        if tokens == 0:
+            return "tokens"
+        if queued and self._queued_closed:
+            return "queue"
+        adapter = self.demand.adapter(job) if self.limits.max_adapters is not None else 0
+        full = self.limits.max_adapters is not None and (
+            len(self._adapters) >= self.limits.max_adapters
+        )
+        if adapter and full and adapter not in self._adapters:
+            return "adapters"
+        blocks = self.demand.new_blocks(job) + (self.limits.headroom_blocks if queued else 0)
+        slots = int(queued and self.limits.free_slots is not None)
+        if not self._make_room(job, blocks, slots):
+            # Nothing queued may overtake: it would take the memory that this job waits for.
+            self._queued_closed |= queued
+            return "memory"
+        if adapter:
+            self._adapters.add(adapter)
+        self._blocks -= blocks
+        self._slots -= slots
+        return None
+
+    def _make_room(self, job: Job, blocks: int, slots: int) -> bool:
+        """Take KV cache from the tail of the order until the job fits, or leave all as it was."""
+        free, free_slots = self._blocks, self._slots
+        taken: list[Job] = []
+        while blocks > free or slots > free_slots:
+            victim = self.residents.pop()
+            if victim is None or victim.key <= job.key:
+                self.spared.extend(taken if victim is None else (*taken, victim))
+                return False
+            freed = self.demand.freed_blocks(victim)
+            if freed is None:
+                self.spared.append(victim)
+                continue
+            taken.append(victim)
+            free += freed
+            free_slots += 1
+        self._blocks, self._slots = free, free_slots
+        self.victims.update(dict.fromkeys(taken))
+        return True
+
+    def _take(self, job: Job, queued: bool, tokens: int) -> None:
+        self._admitted += 1
+        self._tokens -= tokens
+        self._queued_admitted |= queued
+        if tokens < min(job.next_tokens, self.limits.prefill_chunk):
+            self.partial = job

@@ -1,0 +1,60 @@
+"""What the policy knows of a request."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class JobState(Enum):
+    """Where a live request is; invariant I1: exactly one of these.
+
+    `BLOCKED` waits for something other than a turn (a grammar, input, remote KV). `QUEUED` could
+    run and holds no batch place. `RUNNING` is in the batch. `PAUSED` was left out of the batch
+    and keeps its KV cache on the device.
+    """
+
+    BLOCKED = "blocked"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+
+
+OrderKey = tuple[float, ...]
+"""Position in the total order; smaller runs first. Ends in a number unique to the job."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A live request, as far as scheduling is concerned. Never holds its true output length (I8).
+
+    Attributes:
+        job_id: the request's id.
+        prompt_tokens: tokens of the prompt.
+        priority: vLLM's request priority, a class above the levels; smaller runs first.
+        first_step_s: predicted seconds from first being scheduled to the first token.
+        handle: the host's own object for the request; the policy never looks into it.
+    """
+
+    job_id: str
+    prompt_tokens: int
+    priority: int = 0
+    first_step_s: float = 0.0
+    handle: Any = None
+
+    state: JobState = JobState.BLOCKED
+    level: int = 0
+    key: OrderKey = ()
+    arrival: int = 0
+    """Sequence number of the arrival: total, and independent of the clock's resolution."""
+    attained_service_s: float = 0.0
+    """Service attained in the current level up to the last time the job stopped running."""
+    running_since_s: float = 0.0
+    """Reading of the policy's service clock when the job last started to run."""
+    waiting_since_s: float = 0.0
+    """When the job last began to wait for a turn, on the scheduler's clock."""
+    next_tokens: int = 1
+    """Tokens its next step would compute, were the token budget unlimited."""
+    ticket: Any = field(default=None, repr=False)
+    """Its live entry in the ready queue; an entry that is not the ticket is stale."""
+    expiry: Any = field(default=None, repr=False)
+    """Its live entry among the quantum expiries; likewise."""

@@ -1,0 +1,178 @@
+"""Skip-join multi-level feedback queues (section 4.1 of arXiv 2305.05920)."""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import count
+
+from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.quantum import QuantumLadder
+
+
+class SkipJoinMlfq:
+    """Levels, quanta, demotion, promotion. A `Policy`.
+
+    Every job in the batch is charged the whole step, so attained service is kept on one *service
+    clock* that a step moves forward for all of them at once: a running job's demotion falls due
+    at a fixed reading of it. A step then costs O(d log B) for the d jobs that it demotes, and
+    nothing for the others.
+
+    Args:
+        ladder: the quanta.
+        skip_join: enter at the level that the prompt's prefill time calls for; otherwise at
+            level 0 (the naive MLFQ of the paper's figure 16).
+        starvation_limit_s: seconds of waiting after which a job goes to level 0; None: never.
+    """
+
+    def __init__(
+        self,
+        ladder: QuantumLadder,
+        *,
+        skip_join: bool = True,
+        starvation_limit_s: float | None = None,
+    ) -> None:
+        self.ladder = ladder
+        self.skip_join = skip_join
+        self.starvation_limit_s = starvation_limit_s
+        self.demotions = 0
+        self.promotions = 0
+        self.skip_joins = 0
+        self.level_sizes = [0] * ladder.num_levels
+        self._service_s = 0.0
+        self._num_running = 0
+        self._expiries: list[tuple[float, int, Job]] = []
+        # Jobs that wait, in the order in which they began to: the clock is monotonic.
+        self._waiting: OrderedDict[Job, None] = OrderedDict()
+        self._arrivals = count()
+        self._entries = count()
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels a job can be in."""
+        return self.ladder.num_levels
+
+    def join(self, job: Job, now_s: float) -> None:
+        """Enter the level that skip-join chooses, with no service attained."""
+        job.arrival = next(self._arrivals)
+        level = self.ladder.join_level(job.first_step_s) if self.skip_join else 0
+        self.skip_joins += level > 0
+        self.level_sizes[level] += 1
+        self._enter(job, level)
+        self._wait(job, now_s)
+
+    def leave(self, job: Job) -> None:
+        """Forget the job."""
+        self.level_sizes[job.level] -= 1
+        self._waiting.pop(job, None)
+        self._cancel_expiry(job)
+
+    def start(self, job: Job) -> None:
+        """Run the job against what is left of its quantum."""
+        self._waiting.pop(job, None)
+        self._num_running += 1
+        job.running_since_s = self._service_s
+        self._schedule_expiry(job)
+
+    def stop(self, job: Job, now_s: float) -> None:
+        """Keep the service attained so far; begin to wait."""
+        job.attained_service_s += self._service_s - job.running_since_s
+        self._cancel_expiry(job)
+        self._wait(job, now_s)
+
+    def charge(self, step_s: float) -> Sequence[Job]:
+        """Charge a step to every running job; one whose quantum is used up moves down one level."""
+        self._service_s += step_s
+        demoted = []
+        while self._expiries and self._expiries[0][0] <= self._service_s:
+            entry = heapq.heappop(self._expiries)
+            if entry[2].expiry is entry:
+                self._demote(entry[2])
+                demoted.append(entry[2])
+        return demoted
+
+    def promote_starved(self, now_s: float) -> Sequence[Job]:
+        """Move every job that has waited for the starvation limit to level 0."""
+        if self.starvation_limit_s is None:
+            return ()
+        promoted = []
+        while self._waiting:
+            job = next(iter(self._waiting))
+            if now_s - job.waiting_since_s < self.starvation_limit_s:
+                break
+            del self._waiting[job]
+            if job.level > 0:
+                self._move(job, 0)
+                self.promotions += 1
+                promoted.append(job)
+        return promoted
+
+    def attained_service_s(self, job: Job) -> float:
+        """Seconds of service in the job's current level, up to the last step charged."""
+        if job.state is JobState.RUNNING:
+            return job.attained_service_s + self._service_s - job.running_since_s
+        return job.attained_service_s
+
+    def set_ladder(self, ladder: QuantumLadder, running: Iterable[Job]) -> None:
+        """Replace the quanta, for instance when a shorter step was seen.
+
+        Raises:
+            ValueError: the number of levels differs.
+        """
+        if ladder.num_levels != self.ladder.num_levels:
+            raise ValueError(
+                f"the ladder has {self.ladder.num_levels} levels, got {ladder.num_levels}"
+            )
+        self.ladder = ladder
+        self._expiries = []
+        for job in running:
+            self._schedule_expiry(job)
+
+    def check_integrity(self, jobs: Iterable[Job]) -> None:
+        """Laws I1 and I3 over `jobs`, all that are known here.
+
+        Raises:
+            AssertionError: naming the law.
+        """
+        sizes = [0] * self.num_levels
+        for job in jobs:
+            sizes[job.level] += 1
+            assert (job in self._waiting) <= (job.state is not JobState.RUNNING), f"I1: {job}"
+            assert self.attained_service_s(job) >= -1e-6, f"I3: {job}"
+        assert sizes == self.level_sizes, f"I1: {sizes} jobs by level, counted {self.level_sizes}"
+
+    def _demote(self, job: Job) -> None:
+        self.demotions += 1
+        self._move(job, job.level + 1)
+        job.running_since_s = self._service_s
+        self._schedule_expiry(job)
+
+    def _move(self, job: Job, level: int) -> None:
+        self.level_sizes[job.level] -= 1
+        self.level_sizes[level] += 1
+        self._enter(job, level)
+
+    def _enter(self, job: Job, level: int) -> None:
+        """Queue at the tail of `level`; the last level is kept in arrival order."""
+        job.level = level
+        job.attained_service_s = 0.0
+        place = job.arrival if level == self.ladder.last_level else next(self._entries)
+        job.key = (job.priority, level, place)
+
+    def _schedule_expiry(self, job: Job) -> None:
+        left_s = self.ladder.quanta_s[job.level] - job.attained_service_s
+        job.expiry = (job.running_since_s + left_s, job.arrival, job)
+        if job.level < self.ladder.last_level:
+            heapq.heappush(self._expiries, job.expiry)
+
+    def _cancel_expiry(self, job: Job) -> None:
+        if job.expiry is None:
+            return
+        job.expiry = None
+        self._num_running -= 1
+        if len(self._expiries) > 64 + 4 * self._num_running:
+            self._expiries = [entry for entry in self._expiries if entry[2].expiry is entry]
+            heapq.heapify(self._expiries)
+
+    def _wait(self, job: Job, now_s: float) -> None:
+        job.waiting_since_s = now_s
+        self._waiting[job] = None

@@ -1,0 +1,39 @@
+"""The ladder of quanta of a multi-level feedback queue."""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class QuantumLadder:
+    """Quanta in seconds, level 0 first; each is `ratio` times the one above, the last is endless.
+
+    Raises:
+        ValueError: a base that is not finite and positive, a ratio not above 1, no level.
+    """
+
+    base_s: float
+    ratio: float = 2.0
+    num_levels: int = 12
+    quanta_s: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.base_s) and self.base_s > 0):
+            raise ValueError(f"base_s must be finite and above 0, got {self.base_s}")
+        if not (math.isfinite(self.ratio) and self.ratio > 1):
+            raise ValueError(f"ratio must be finite and above 1, got {self.ratio}")
+        if self.num_levels < 1:
+            raise ValueError(f"num_levels must be at least 1, got {self.num_levels}")
+        bounded = [self.base_s * self.ratio**i for i in range(self.num_levels - 1)]
+        object.__setattr__(self, "quanta_s", (*bounded, math.inf))
+
+    @property
+    def last_level(self) -> int:
+        """Index of the lowest level."""
+        return self.num_levels - 1
+
+    def join_level(self, first_step_s: float) -> int:
+        """The highest level whose quantum is at least `first_step_s` (skip-join, section 4.1)."""
+        # Steps are whole: a prompt that costs exactly one quantum must not miss it by rounding.
+        return bisect_left(self.quanta_s, first_step_s * (1 - 1e-9))

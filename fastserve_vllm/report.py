@@ -1,0 +1,75 @@
+"""Gathers the catalogue's figures, a few times a second at most."""
+
+import time
+from typing import Any
+
+from fastserve_vllm.policy.mlfq import SkipJoinMlfq
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.step_time import StepTimeModel
+
+_PERIOD_S = 0.2
+
+
+class Reporter:
+    """Turns running totals into reports: increments for counters, values for gauges."""
+
+    def __init__(self, planner: StepPlanner, step_time: StepTimeModel) -> None:
+        self._planner = planner
+        self._step_time = step_time
+        self._reported: dict[str, Any] = {}
+        self._next_s = 0.0
+        self.scheduler_s = 0.0
+        self.steps = 0
+        self.step_s = 0.0
+        self.predicted_step_s = 0.0
+
+    def step(self, predicted_s: float, actual_s: float) -> None:
+        """Note a step that ended."""
+        self.steps += 1
+        self.step_s += actual_s
+        self.predicted_step_s += predicted_s
+
+    def take(self) -> dict[str, Any] | None:
+        """The next report; None if the last one is recent and the engine has not run dry."""
+        now_s = time.monotonic()
+        if now_s < self._next_s and len(self._planner):
+            return None
+        self._next_s = now_s + _PERIOD_S
+        totals = self._totals()
+        report = {name: _increase(totals[name], self._reported.get(name)) for name in totals}
+        self._reported = totals
+        return {**report, **self._gauges()}
+
+    def _totals(self) -> dict[str, Any]:
+        counters, policy = self._planner.counters, self._planner.policy
+        totals: dict[str, Any] = {
+            "started": counters.started,
+            "paused": counters.paused,
+            "recomputed": counters.recomputed,
+            "declined": dict(counters.declined),
+            "steps": self.steps,
+            "step_seconds": self.step_s,
+            "predicted_step_seconds": self.predicted_step_s,
+            "scheduler_seconds": self.scheduler_s,
+        }
+        if isinstance(policy, SkipJoinMlfq):
+            totals["demotions"] = policy.demotions
+            totals["promotions"] = policy.promotions
+            totals["skip_joins"] = policy.skip_joins
+        return totals
+
+    def _gauges(self) -> dict[str, Any]:
+        counts = self._planner.state_counts()
+        gauges: dict[str, Any] = {"jobs": {state.value: n for state, n in counts.items()}}
+        policy = self._planner.policy
+        if isinstance(policy, SkipJoinMlfq):
+            gauges["level_jobs"] = {str(i): n for i, n in enumerate(policy.level_sizes)}
+            gauges["base_quantum_seconds"] = policy.ladder.base_s
+        return gauges
+
+
+def _increase(total: Any, before: Any) -> Any:
+    if isinstance(total, dict):
+        before = before or {}
+        return {key: value - before.get(key, 0) for key, value in total.items()}
+    return total - (before or 0)

@@ -1,0 +1,332 @@
+"""vLLM's scheduler, with each step's batch chosen by FastServe: observe, plan, apply, delegate."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from fastserve_vllm import host
+from fastserve_vllm.config import ConfigError, FastServeConfig
+from fastserve_vllm.demand import HostDemand
+from fastserve_vllm.kv_swap.connector import find_connector
+from fastserve_vllm.planned_queue import PlannedQueue
+from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.make import make_ladder, make_policy
+from fastserve_vllm.policy.mlfq import SkipJoinMlfq
+from fastserve_vllm.policy.plan import StepPlan, StepPlanner
+from fastserve_vllm.policy.step_time import (
+    StepShape,
+    StepTimeModel,
+    load_profile,
+    save_profile,
+)
+from fastserve_vllm.report import Reporter
+
+logger = init_logger(__name__)
+
+# A new smallest decode step moves the ladder only when it is this much shorter: re-basing costs
+# a pass over the batch, and measured minima creep.
+_REBASE_RATIO = 0.95
+
+
+class FastServeScheduler(AsyncScheduler):
+    """Preempts at every step: the batch is always the first jobs of the policy's total order.
+
+    vLLM walks `running` in list order, then its waiting queues. Between steps `running` holds the
+    last batch and `left_out` the requests that were preempted and keep their KV cache; the
+    waiting queues hold everybody else and show vLLM only whom the plan lets in. vLLM's own
+    `schedule()` then does all that it does in stock operation.
+
+    Args:
+        clock: seconds, monotonic; the only time the scheduler knows.
+        args, kwargs: as for vLLM's scheduler.
+
+    Raises:
+        HostContractError: the installed vLLM does not fit.
+        ConfigError: FastServe's connector is missing, or its configuration is not valid.
+    """
+
+    def __init__(
+        self, *args: Any, clock: Callable[[], float] = time.monotonic, **kwargs: Any
+    ) -> None:
+        host.check()
+        super().__init__(*args, **kwargs)
+        connector = find_connector(self.connector)
+        if connector is None:
+            raise ConfigError(
+                "FastServe's connector is not configured: select the scheduler with "
+                "--scheduler fastserve, fastserve_vllm.LLM or fastserve_vllm.select(), and name "
+                "other KV connectors with --kv-transfer-config (--kv-offloading-size replaces it)"
+            )
+        self.fastserve_config: FastServeConfig = connector.config
+        self.clock = clock
+        self.waiting = PlannedQueue()
+        self.kv_holding_waiting = PlannedQueue()
+        self.left_out: dict[Request, None] = {}
+        self.step_time = _step_time_model(self.fastserve_config)
+        self.demand = HostDemand(self)
+        base_s = self.step_time.min_decode_step_s or self.step_time.predict_s(StepShape(0, 1))
+        self.planner = StepPlanner(make_policy(self.fastserve_config, base_s), self.demand)
+        self._jobs: dict[str, Job] = {}
+        self._blocked: dict[Job, None] = {}
+        self._prefilling: dict[Job, None] = {}
+        self._scheduled_at: deque[float] = deque()
+        self._last_output_s = 0.0
+        self._uncharged_s = 0.0
+        self.reporter = Reporter(self.planner, self.step_time)
+        connector.statistics = self.reporter.take
+        logger.info("FastServe: %s", self.describe())
+
+    def describe(self) -> str:
+        """One line: policy, ladder, batch limit, device blocks."""
+        config = self.fastserve_config
+        return (
+            f"policy {config.policy}, {config.num_levels} levels, quantum ratio "
+            f"{config.quantum_ratio:g}, base quantum {config.base_quantum_s or 'learned'}, "
+            f"starvation limit {config.starvation_limit_s} s, batch limit "
+            f"{self.max_num_active_reqs}, {self.kv_cache_config.num_blocks} device blocks, "
+            f"model runner {'V2' if self.use_v2_model_runner else 'V1'}"
+        )
+
+    # ---- one step -------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Plan a step, show vLLM only the plan, and let it schedule."""
+        entered = time.perf_counter()
+        now_s = self.clock()
+        plan = None
+        if self._pause_state is not PauseState.PAUSED_ALL:
+            self._observe(now_s)
+            plan = self.planner.plan(self.demand.limits(), now_s)
+            self._apply(plan)
+        planned = time.perf_counter()
+        output = super().schedule(throttle_prefills)
+        delegated = time.perf_counter()
+        if plan is not None:
+            self._reconcile(plan, output, now_s)
+        self._scheduled_at.append(now_s)
+        self.reporter.scheduler_s += time.perf_counter() - delegated + planned - entered
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Measure the step that ended, then let vLLM take in its output."""
+        if scheduler_output.total_num_scheduled_tokens > 0:
+            self._measure(scheduler_output)
+        else:
+            self._scheduled_at.popleft()
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _measure(self, output: SchedulerOutput) -> None:
+        """Seconds that a step took alone: from its start, or from the end of the one before."""
+        entered = time.perf_counter()
+        now_s = self.clock()
+        step_s = now_s - max(self._scheduled_at.popleft(), self._last_output_s)
+        self._last_output_s = now_s
+        self._uncharged_s += step_s
+        counts = list(output.num_scheduled_tokens.values())
+        decodes = counts.count(1)
+        shape = StepShape(
+            prefill_tokens=output.total_num_scheduled_tokens - decodes,
+            decodes=decodes,
+            context_tokens=sum(output.scheduled_cached_reqs.num_computed_tokens),
+        )
+        self.reporter.step(self.step_time.predict_s(shape), step_s)
+        self.step_time.observe(shape, step_s)
+        self.reporter.scheduler_s += time.perf_counter() - entered
+
+    def _observe(self, now_s: float) -> None:
+        """Charge what ran, demote, promote; let in whoever stopped being blocked."""
+        policy, fastest_s = self.planner.policy, self.step_time.min_decode_step_s
+        if (
+            fastest_s is not None
+            and self.fastserve_config.base_quantum_s is None
+            and isinstance(policy, SkipJoinMlfq)
+            and fastest_s < _REBASE_RATIO * policy.ladder.base_s
+        ):
+            ladder = make_ladder(self.fastserve_config, fastest_s)
+            policy.set_ladder(ladder, self.planner.running)
+        self.planner.observe(self._uncharged_s, now_s)
+        self._uncharged_s = 0.0
+        for job in list(self._blocked):
+            if self._handle_blocked_waiting_request(job.handle):
+                del self._blocked[job]
+                self._size_up(job)
+                self.planner.unblock(job, now_s)
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Show vLLM the plan: a narrowed, ordered `running`, and the queued that may start."""
+        for job in plan.recomputed:
+            self._give_up(job.handle)
+        for job in plan.paused:
+            self.left_out[job.handle] = None
+        queued = []
+        for job in plan.started:
+            if job.handle in self.left_out:
+                del self.left_out[job.handle]
+            else:
+                queued.append(job.handle)
+        resident = [job.handle for job in plan.batch]
+        if queued:
+            entering = set(queued)
+            resident = [request for request in resident if request not in entering]
+            queued = [job.handle for job in plan.batch if job.handle in entering]
+        self.running = resident
+        self.waiting.plan(request for request in queued if request in self.waiting)
+        self.kv_holding_waiting.plan(r for r in queued if r in self.kv_holding_waiting)
+
+    def _give_up(self, request: Request) -> None:
+        if request in self.left_out:
+            del self.left_out[request]
+        else:
+            self.running.remove(request)
+        super()._preempt_request(request, time.monotonic())
+        self._restart_prefill(self._jobs[request.request_id])
+
+    def _reconcile(self, plan: StepPlan, output: SchedulerOutput, now_s: float) -> None:
+        """Follow what vLLM did where it could not follow the plan; track prefills."""
+        scheduled = output.num_scheduled_tokens
+        if len(scheduled) != len(plan.batch):
+            self.waiting.plan(())
+            self.kv_holding_waiting.plan(())
+            for job in plan.batch:
+                if job.job_id not in scheduled and job.state is JobState.RUNNING:
+                    self._missed(job, now_s)
+        if not self._prefilling:
+            return
+        for job in [job for job in self._prefilling if job.job_id in scheduled]:
+            request = job.handle
+            if request.is_prefill_chunk:
+                job.next_tokens = request.num_tokens - request.num_computed_tokens
+            else:
+                job.next_tokens = self.demand.decode_tokens
+                del self._prefilling[job]
+
+    def _missed(self, job: Job, now_s: float) -> None:
+        request: Request = job.handle
+        if request.status == RequestStatus.RUNNING:
+            self.planner.missed(job, now_s)
+            self.running.remove(request)
+            self.left_out[request] = None
+        elif self._is_blocked_waiting_status(request.status):
+            self._block(job)
+        else:
+            self.planner.evict(job, now_s)
+
+    # ---- life of a request ----------------------------------------------------------------
+
+    def _enqueue_waiting_request(self, request: Request) -> None:
+        """A request arrives, or a session's turn ends and it waits for input."""
+        super()._enqueue_waiting_request(request)
+        job = self._jobs.get(request.request_id)
+        if job is None:
+            job = Job(
+                request.request_id, request.num_prompt_tokens, request.priority, handle=request
+            )
+            self._jobs[request.request_id] = job
+            if not self._is_blocked_waiting_status(request.status):
+                self._size_up(job)
+                self.planner.add(job, self.clock())
+                return
+            self.planner.add_blocked(job)
+        self.left_out.pop(request, None)
+        self._block(job)
+
+    def _block(self, job: Job) -> None:
+        self.planner.block(job)
+        self._prefilling.pop(job, None)
+        self._blocked[job] = None
+
+    def _size_up(self, job: Job) -> None:
+        """Predict the first step from the prompt tokens that are not cached."""
+        request: Request = job.handle
+        cached = request.num_computed_tokens or self.demand.cached_tokens(request)
+        uncached = max(request.num_tokens - cached, 1)
+        job.prompt_tokens = request.num_prompt_tokens
+        job.first_step_s = self.step_time.prefill_s(uncached, self.max_num_scheduled_tokens)
+        job.next_tokens = uncached
+        self._prefilling[job] = None
+
+    def _restart_prefill(self, job: Job) -> None:
+        job.next_tokens = job.handle.num_tokens
+        self._prefilling[job] = None
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        """vLLM gives up a request's KV cache by itself: its job starts over."""
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        job = self._jobs[request.request_id]
+        self.planner.evict(job, self.clock())
+        self._restart_prefill(job)
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """A request finished or was aborted, in whatever state."""
+        job = self._jobs.pop(request.request_id)
+        self.planner.remove(job)
+        self._blocked.pop(job, None)
+        self._prefilling.pop(job, None)
+        self.left_out.pop(request, None)
+        return super()._free_request(request, delay_free_blocks)
+
+    # ---- what vLLM asks about all of its requests -------------------------------------------
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """(running or paused, waiting)."""
+        running, waiting = super().get_request_counts()
+        return running + len(self.left_out), waiting
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """As vLLM's; paused requests hold KV cache like running ones."""
+        self.running = [*self.running, *self.left_out]
+        self.left_out.clear()
+        try:
+            return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        finally:
+            batch = {job.handle for job in self.planner.running}
+            self.left_out.update((r, None) for r in self.running if r not in batch)
+            self.running = [r for r in self.running if r in batch]
+
+    def shutdown(self) -> None:
+        """As vLLM's; saves the step-time profile where that was asked for."""
+        path = self.fastserve_config.save_step_time_profile
+        if path is not None and self.step_time.min_decode_step_s is not None:
+            save_profile(self.step_time, path)
+        super().shutdown()
+
+    def check_integrity(self) -> None:
+        """Invariant I1 across vLLM's containers and the planner's. For tests and debugging.
+
+        Raises:
+            AssertionError: naming what disagrees.
+        """
+        self.planner.check_integrity()
+        running, left_out = set(self.running), set(self.left_out)
+        waiting = {*self.waiting, *self.kv_holding_waiting}
+        assert not (running & left_out or running & waiting or left_out & waiting), "I1"
+        assert self._jobs.keys() == {r.request_id for r in running | left_out | waiting}, "I1"
+        for job in self._jobs.values():
+            expected = {JobState.RUNNING: running, JobState.PAUSED: left_out}
+            assert job.handle in expected.get(job.state, waiting), f"I1: {job}"
+
+
+def _step_time_model(config: FastServeConfig) -> StepTimeModel:
+    if config.step_time_profile is None:
+        return StepTimeModel()
+    try:
+        return load_profile(config.step_time_profile)
+    except ValueError as error:
+        raise ConfigError(f"fastserve_config.step_time_profile: {error}") from None

@@ -1,0 +1,104 @@
+"""Turns "schedule with FastServe" into engine arguments that vLLM already has."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from fastserve_vllm.config import FastServeConfig
+
+if TYPE_CHECKING:
+    from vllm import EngineArgs
+
+SCHEDULER_CLASS = "fastserve_vllm.scheduler.FastServeScheduler"
+CONFIG_KEY = "fastserve"
+_CONNECTOR: dict[str, Any] = {
+    "kv_connector": "FastServeConnector",
+    "kv_connector_module_path": "fastserve_vllm.kv_swap.connector",
+    "kv_role": "kv_both",
+}
+
+
+def engine_overrides(
+    config: FastServeConfig | Mapping[str, Any] | None = None, kv_transfer_config: Any = None
+) -> dict[str, Any]:
+    """Engine arguments that select the scheduler and configure its connector.
+
+    Args:
+        config: the FastServe configuration; None: the defaults.
+        kv_transfer_config: the user's own `KVTransferConfig` (or its mapping), which is composed
+            with FastServe's connector through vLLM's MultiConnector.
+
+    Raises:
+        ConfigError: the configuration is not valid.
+    """
+    if not isinstance(config, FastServeConfig):
+        config = FastServeConfig.parse(config)
+    ours = {**_CONNECTOR, "kv_connector_extra_config": {CONFIG_KEY: config.to_dict()}}
+    return {
+        "scheduler_cls": SCHEDULER_CLASS,
+        "kv_transfer_config": _compose(ours, _as_mapping(kv_transfer_config)),
+    }
+
+
+def select(
+    engine_args: "EngineArgs", config: FastServeConfig | Mapping[str, Any] | None = None
+) -> "EngineArgs":
+    """Make `engine_args` use FastServe; changes and returns it.
+
+    Raises:
+        ConfigError: the configuration is not valid.
+        ValueError: `engine_args` names another scheduler class.
+    """
+    from vllm.config import KVTransferConfig
+
+    check_scheduler_class(engine_args.scheduler_cls)
+    overrides = engine_overrides(config, engine_args.kv_transfer_config)
+    engine_args.scheduler_cls = overrides["scheduler_cls"]
+    engine_args.kv_transfer_config = KVTransferConfig(**overrides["kv_transfer_config"])
+    return engine_args
+
+
+def check_scheduler_class(scheduler_cls: Any) -> None:
+    """Refuse a scheduler class of the user's own.
+
+    Raises:
+        ValueError: one is set.
+    """
+    if scheduler_cls is not None:
+        raise ValueError(
+            f"--scheduler fastserve and --scheduler-cls {scheduler_cls} exclude each other: "
+            "each names the scheduler. Remove one of them."
+        )
+
+
+def _as_mapping(kv_transfer_config: Any) -> dict[str, Any]:
+    """The fields of a `KVTransferConfig` that differ from their defaults."""
+    if kv_transfer_config is None or isinstance(kv_transfer_config, Mapping):
+        return dict(kv_transfer_config or {})
+    return {
+        f.name: value
+        for f in fields(kv_transfer_config)
+        if (value := getattr(kv_transfer_config, f.name)) != _default(f)
+    }
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _compose(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """One transfer configuration that holds both connectors; ours alone where there is no other."""
+    if not theirs.get("kv_connector"):
+        return {**theirs, **ours}
+    if theirs["kv_connector"] == "MultiConnector":
+        extra = theirs.get("kv_connector_extra_config", {})
+        children = list(extra.get("connectors", []))
+    else:
+        # The parent passes its engine id to its children; a second one is a duplicate argument.
+        extra, children = {}, [{k: v for k, v in theirs.items() if k != "engine_id"}]
+    parent = {k: v for k, v in theirs.items() if k != "kv_connector_module_path"}
+    return {
+        **parent,
+        "kv_connector": "MultiConnector",
+        "kv_connector_extra_config": {**extra, "connectors": [ours, *children]},
+    }

@@ -74,7 +74,8 @@ class FastServeScheduler(AsyncScheduler):
         self.step_time = _step_time_model(self.fastserve_config)
         self.demand = HostDemand(self)
         base_s = self.step_time.min_decode_step_s or self.step_time.predict_s(StepShape(0, 1))
-        self.planner = StepPlanner(make_policy(self.fastserve_config, base_s), self.demand)
+        policy = make_policy(self.fastserve_config, base_s, self.max_num_active_reqs)
+        self.planner = StepPlanner(policy, self.demand)
         self._jobs: dict[str, Job] = {}
         self._blocked: dict[Job, None] = {}
         self._prefilling: dict[Job, None] = {}

@@ -22,6 +22,10 @@ class SkipJoinMlfq:
         skip_join: enter at the level that the prompt's prefill time calls for; otherwise at
             level 0 (the naive MLFQ of the paper's figure 16).
         starvation_limit_s: seconds of waiting after which a job goes to level 0; None: never.
+        steady_levels: levels that are open at any load; the ones below take jobs only while more
+            than `pressure_jobs` wait, and until then a quantum in the lowest open one is renewed.
+            Preempting one long answer for another buys nothing while few wait. None: all.
+        pressure_jobs: waiting jobs beyond which the levels below open.
     """
 
     def __init__(
@@ -30,15 +34,21 @@ class SkipJoinMlfq:
         *,
         skip_join: bool = True,
         starvation_limit_s: float | None = None,
+        steady_levels: int | None = None,
+        pressure_jobs: int = 0,
     ) -> None:
         self.ladder = ladder
         self.skip_join = skip_join
         self.starvation_limit_s = starvation_limit_s
+        self.pressure_jobs = pressure_jobs
+        # From here down, levels are kept in arrival order.
+        self.arrival_level = min(steady_levels or ladder.num_levels, ladder.num_levels) - 1
         self.demotions = 0
         self.promotions = 0
         self.skip_joins = 0
         self.level_sizes = [0] * ladder.num_levels
         self._service_s = 0.0
+        self._num_jobs = 0
         self._num_running = 0
         self._expiries: list[tuple[float, int, Job]] = []
         # Jobs that wait, in the order in which they began to: the clock is monotonic.
@@ -54,6 +64,7 @@ class SkipJoinMlfq:
     def join(self, job: Job, now_s: float) -> None:
         """Enter the level that skip-join chooses, with no service attained."""
         job.arrival = next(self._arrivals)
+        self._num_jobs += 1
         level = self.ladder.join_level(job.first_step_s) if self.skip_join else 0
         self.skip_joins += level > 0
         self.level_sizes[level] += 1
@@ -62,6 +73,7 @@ class SkipJoinMlfq:
 
     def leave(self, job: Job) -> None:
         """Forget the job."""
+        self._num_jobs -= 1
         self.level_sizes[job.level] -= 1
         self._waiting.pop(job, None)
         self._cancel_expiry(job)
@@ -85,9 +97,16 @@ class SkipJoinMlfq:
         demoted = []
         while self._expiries and self._expiries[0][0] <= self._service_s:
             entry = heapq.heappop(self._expiries)
-            if entry[2].expiry is entry:
-                self._demote(entry[2])
-                demoted.append(entry[2])
+            job = entry[2]
+            if job.expiry is not entry:
+                continue
+            if self._open_below(job.level):
+                self._move(job, job.level + 1)
+                self.demotions += 1
+                demoted.append(job)
+            job.attained_service_s = 0.0
+            job.running_since_s = self._service_s
+            self._schedule_expiry(job)
         return demoted
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
@@ -140,11 +159,10 @@ class SkipJoinMlfq:
             assert self.attained_service_s(job) >= -1e-6, f"I3: {job}"
         assert sizes == self.level_sizes, f"I1: {sizes} jobs by level, counted {self.level_sizes}"
 
-    def _demote(self, job: Job) -> None:
-        self.demotions += 1
-        self._move(job, job.level + 1)
-        job.running_since_s = self._service_s
-        self._schedule_expiry(job)
+    def _open_below(self, level: int) -> bool:
+        """Whether a job may leave `level` downwards now."""
+        waiting = self._num_jobs - self._num_running
+        return level < self.arrival_level or waiting > self.pressure_jobs
 
     def _move(self, job: Job, level: int) -> None:
         self.level_sizes[job.level] -= 1
@@ -152,10 +170,10 @@ class SkipJoinMlfq:
         self._enter(job, level)
 
     def _enter(self, job: Job, level: int) -> None:
-        """Queue at the tail of `level`; the last level is kept in arrival order."""
+        """Queue at the tail of `level`; the deepest ones are kept in arrival order instead."""
         job.level = level
         job.attained_service_s = 0.0
-        place = job.arrival if level == self.ladder.last_level else next(self._entries)
+        place = job.arrival if level >= self.arrival_level else next(self._entries)
         job.key = (job.priority, level, place)
 
     def _schedule_expiry(self, job: Job) -> None:

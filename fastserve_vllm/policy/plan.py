@@ -155,6 +155,7 @@ class StepPlanner:
             self._running += reversed(left)
             return self._fit(self._in_order(self._running, self._ready), limits, now_s)
         if joined or left:
+            self.counters.paused += len(left)
             self._pause(left, now_s)
             self._start(joined)
         return StepPlan(tuple(self._running), tuple(joined), tuple(left))
@@ -221,6 +222,7 @@ class StepPlanner:
         budget = StepBudget(limits, self.demand, self._residents)
         chosen: list[Job] = []
         passed: dict[Job, None] = {}
+        not_ready: set[Job] = set()
         lookahead = _LOOKAHEAD * limits.batch_limit + _LOOKAHEAD
         for job in in_order:
             verdict = budget.admit(job)
@@ -228,7 +230,10 @@ class StepPlanner:
                 chosen.append(job)
                 continue
             passed[job] = None
-            lookahead -= verdict is Verdict.DECLINED
+            if verdict is Verdict.NOT_READY:
+                not_ready.add(job)
+                continue
+            lookahead -= 1
             if verdict is Verdict.CLOSED or lookahead == 0:
                 break
         placed = set(chosen)
@@ -237,7 +242,9 @@ class StepPlanner:
             passed.update((job, None) for job in in_order)
         self._residents.extend(budget.spared)
         self._decline(budget.declined)
-        return self._regroup(chosen, passed, budget, now_s)
+        plan = self._regroup(chosen, passed, budget, now_s)
+        self.counters.paused += sum(job not in not_ready for job in plan.paused)
+        return plan
 
     def _regroup(
         self, chosen: list[Job], passed: Iterable[Job], budget: StepBudget, now_s: float
@@ -281,7 +288,6 @@ class StepPlanner:
             self.policy.stop(job, now_s)
             job.state = JobState.PAUSED
             self._ready.push(job)
-            self.counters.paused += 1
 
     def _give_up(self, job: Job, now_s: float) -> None:
         if job.state is JobState.RUNNING:

@@ -1,0 +1,65 @@
+# make serve    an OpenAI-compatible server scheduled by FastServe, on this machine's CPU
+# make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33
+# make lint     formatting, lints, types, import contracts
+# make clean    remove caches and build output; make distclean also environments and models
+#
+# The first run installs vLLM and takes minutes; later ones start at once.
+
+VENV := .venv
+VLLM_033 := .vllm-0.33
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUN := $(VENV)/bin/python
+
+PORT ?= 8000
+DEFAULT_MODEL := .models/smollm2-135m-instruct
+TINY_MODEL := .models/tiny-llama
+MODEL ?= $(DEFAULT_MODEL)
+ARGS ?=
+SCHEDULER_ARGS ?= --scheduler fastserve
+PYTEST_ARGS ?=
+
+.PHONY: serve test test-033 lint format clean distclean env dev-env vllm-033
+.DEFAULT_GOAL := test
+
+serve: env
+ifeq ($(MODEL),$(DEFAULT_MODEL))
+	@$(RUN) scripts/smollm2_model.py $(MODEL) >/dev/null
+endif
+	@PORT='$(PORT)' VENV='$(VENV)' SCHEDULER_ARGS='$(SCHEDULER_ARGS)' \
+	  exec scripts/serve.sh '$(MODEL)' $(ARGS)
+
+test: dev-env
+	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) -m pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-033
+
+test-033: dev-env vllm-033
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 PYTHONPATH='$(CURDIR)/$(VLLM_033)/overlay' \
+	  $(RUN) -m pytest -m host_versions $(PYTEST_ARGS)
+
+lint: dev-env
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: dev-env
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+env:
+	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model
+
+dev-env:
+	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model bench test
+
+vllm-033: dev-env
+	@scripts/vllm_033_env.sh $(VENV) $(VLLM_033)
+
+clean:
+	rm -rf build dist *.egg-info htmlcov .coverage
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path './.*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(VLLM_033) .models

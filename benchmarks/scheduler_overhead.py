@@ -1,0 +1,148 @@
+"""The scheduler's own time a step, against the number of queued requests and against stock vLLM.
+
+    python -m benchmarks.scheduler_overhead --output benchmarks/results/scheduler_overhead.json
+
+Real vLLM scheduler objects, no model: a stand-in answers every step. Requests have ShareGPT-like
+lengths (log-normal); each one that finishes is replaced, so that the queue keeps its length. "Own"
+is what FastServe adds around vLLM's `schedule()` and `update_from_output()`; "whole" is all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.engine import prepare_environment
+from benchmarks.manifest import manifest, write_json
+from benchmarks.model import model_folder
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="The scheduler's own time a step.")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--queued", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--output", type=Path, default=None)
+    return parser.parse_args(argv)
+
+
+class ClosedLoop:
+    """Keeps `live` requests in an engine without a model."""
+
+    def __init__(self, engine: Any, live: int, seed: int) -> None:
+        self.engine = engine
+        self._random = random.Random(seed)
+        self._live = live
+        self._count = 0
+        self.top_up()
+
+    def top_up(self) -> None:
+        """Replace what has finished."""
+        while len(self.engine.scheduler.requests) < self._live:
+            prompt = min(1 + int(self._random.lognormvariate(3.8, 1.3)), 1024)
+            output = min(1 + int(self._random.lognormvariate(5.4, 0.9)), 1000)
+            self.engine.add(f"r{self._count}", [7] * prompt, output)
+            self._count += 1
+
+
+def _engine(fastserve: dict[str, Any] | None, async_: bool, args: argparse.Namespace) -> Any:
+    from fastserve_vllm.testing import ModelFreeEngine, vllm_config
+
+    config = vllm_config(
+        str(model_folder(args.model)),
+        fastserve,
+        max_num_seqs=args.batch,
+        async_scheduling=async_,
+        enable_prefix_caching=False,
+    )
+    scheduler_cls = config.scheduler_config.get_scheduler_cls()
+    make = None if fastserve is not None else scheduler_cls
+    return ModelFreeEngine(config, num_blocks=400_000, make=make, step_s=_step_s)
+
+
+def _step_s(output: Any) -> float:
+    tokens = output.total_num_scheduled_tokens
+    requests = len(output.num_scheduled_tokens)
+    return 0.0014 + 21e-6 * (tokens - requests) + 30e-6 * requests
+
+
+def measure(engine: Any, live: int, seed: int, steps: int) -> dict[str, float]:
+    """Microseconds a step; the median over steps, and the mean, which holds the rare dear ones."""
+    loop = ClosedLoop(engine, live, seed)
+    scheduler = engine.scheduler
+    own: list[float] = []
+    whole: list[float] = []
+    gc.collect()
+    gc.freeze()
+    for number in range(steps + steps // 4):
+        before = getattr(scheduler, "reporter", None) and scheduler.reporter.scheduler_s
+        started = time.perf_counter()
+        engine.step()
+        whole.append(time.perf_counter() - started)
+        if before is not None:
+            own.append(scheduler.reporter.scheduler_s - before)
+        loop.top_up()
+    warm = steps // 4
+    return {**_summary("whole", whole[warm:]), **(_summary("own", own[warm:]) if own else {})}
+
+
+def _summary(name: str, seconds: list[float]) -> dict[str, float]:
+    return {
+        f"{name}_median_us": 1e6 * statistics.median(seconds),
+        f"{name}_mean_us": 1e6 * statistics.fmean(seconds),
+    }
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every case: stock and FastServe, synchronous and asynchronous, each queue length and seed."""
+    cases = [(s, a, q) for a in (False, True) for q in args.queued for s in (None, {})]
+    rows = []
+    for fastserve, async_, queued in tqdm(cases, unit="case"):
+        seeds = [
+            measure(_engine(fastserve, async_, args), args.batch + queued, seed, args.steps)
+            for seed in args.seeds
+        ]
+        rows.append(
+            {
+                "system": "vllm-fcfs" if fastserve is None else "fastserve",
+                "async_scheduling": async_,
+                "batch": args.batch,
+                "queued": queued,
+                **{key: statistics.median(s[key] for s in seeds) for key in seeds[0]},
+                "seeds": seeds,
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and print a table."""
+    args = parse_arguments(argv)
+    prepare_environment()
+    rows = run(args)
+    columns = ("own_median_us", "own_mean_us", "whole_median_us", "whole_mean_us")
+    print("| system | async | queued | " + " | ".join(columns) + " |")
+    print("| --- " * (3 + len(columns)) + "|")
+    for row in rows:
+        figures = " | ".join(f"{row[c]:.1f}" if c in row else "-" for c in columns)
+        print(f"| {row['system']} | {row['async_scheduling']} | {row['queued']} | {figures} |")
+    if args.output is not None:
+        config = {"arguments": {k: v for k, v in vars(args).items() if k not in ("model", "output")}}
+        write_json(args.output, {"manifest": manifest(config), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

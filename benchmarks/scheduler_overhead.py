@@ -5,6 +5,9 @@
 Real vLLM scheduler objects, no model: a stand-in answers every step. Requests have ShareGPT-like
 lengths (log-normal); each one that finishes is replaced, so that the queue keeps its length. "Own"
 is what FastServe adds around vLLM's `schedule()` and `update_from_output()`; "whole" is all of it.
+"Burst" is the start, when all requests arrive at once and every step swaps its whole batch; the
+other figures are taken once each request has had some 40 steps of service, as in a queue that
+overload has built up.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--queued", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--warm-turns", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=None)
@@ -78,15 +82,16 @@ def _step_s(output: Any) -> float:
     return 0.0014 + 21e-6 * (tokens - requests) + 30e-6 * requests
 
 
-def measure(engine: Any, live: int, seed: int, steps: int) -> dict[str, float]:
+def measure(engine: Any, live: int, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Microseconds a step; the median over steps, and the mean, which holds the rare dear ones."""
     loop = ClosedLoop(engine, live, seed)
+    warm = max(args.warm_turns * live // args.batch, 200)
     scheduler = engine.scheduler
     own: list[float] = []
     whole: list[float] = []
     gc.collect()
     gc.freeze()
-    for number in range(steps + steps // 4):
+    for _ in range(warm + args.steps):
         before = getattr(scheduler, "reporter", None) and scheduler.reporter.scheduler_s
         started = time.perf_counter()
         engine.step()
@@ -94,8 +99,11 @@ def measure(engine: Any, live: int, seed: int, steps: int) -> dict[str, float]:
         if before is not None:
             own.append(scheduler.reporter.scheduler_s - before)
         loop.top_up()
-    warm = steps // 4
-    return {**_summary("whole", whole[warm:]), **(_summary("own", own[warm:]) if own else {})}
+    gc.unfreeze()
+    figures = {**_summary("whole", whole[warm:]), **_summary("whole_burst", whole[:200])}
+    if own:
+        figures |= {**_summary("own", own[warm:]), **_summary("own_burst", own[:200])}
+    return figures
 
 
 def _summary(name: str, seconds: list[float]) -> dict[str, float]:
@@ -111,7 +119,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for fastserve, async_, queued in tqdm(cases, unit="case"):
         seeds = [
-            measure(_engine(fastserve, async_, args), args.batch + queued, seed, args.steps)
+            measure(_engine(fastserve, async_, args), args.batch + queued, seed, args)
             for seed in args.seeds
         ]
         rows.append(
@@ -132,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     prepare_environment()
     rows = run(args)
-    columns = ("own_median_us", "own_mean_us", "whole_median_us", "whole_mean_us")
+    columns = ("own_median_us", "own_mean_us", "own_burst_mean_us", "whole_median_us", "whole_mean_us")
     print("| system | async | queued | " + " | ".join(columns) + " |")
     print("| --- " * (3 + len(columns)) + "|")
     for row in rows:

@@ -1,5 +1,6 @@
 """Answers the planner's questions about requests and blocks from vLLM's own state."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
@@ -53,20 +54,31 @@ class HostDemand:
             admit_queued=scheduler._pause_state is PauseState.UNPAUSED,
         )
 
-    def ready(self, job: Job) -> bool:
-        """Whether vLLM would schedule a token for the job now."""
-        request: Request = job.handle
-        if request.status != RequestStatus.RUNNING:
-            return not request.num_stale_output_tokens or request.drop_stale_output
-        placeholders = request.num_output_placeholders
-        if placeholders and (
-            request.num_computed_tokens + 2 - placeholders
-            >= request.num_prompt_tokens + request.max_tokens
-        ):
-            return False
-        if self._scheduler.current_step + 1 < request.next_decode_eligible_step:
-            return False
-        return request.num_tokens_with_spec + placeholders > request.num_computed_tokens
+    def unready(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs for which vLLM would not schedule a token now.
+
+        One loop, for it runs over the batch in every step whose predecessor is in flight.
+        """
+        step = self._scheduler.current_step + 1
+        running = RequestStatus.RUNNING
+        found = []
+        for job in jobs:
+            request: Request = job.handle
+            placeholders = request.num_output_placeholders
+            if request.status != running:
+                stuck = request.num_stale_output_tokens > 0 and not request.drop_stale_output
+            elif placeholders:
+                # The output in flight is the last: vLLM schedules no step beyond it.
+                stuck = (
+                    request.num_computed_tokens + 2 - placeholders
+                    >= request.num_prompt_tokens + request.max_tokens
+                    or step < request.next_decode_eligible_step
+                )
+            else:
+                stuck = request.num_tokens_with_spec <= request.num_computed_tokens
+            if stuck:
+                found.append(job)
+        return found
 
     def new_blocks(self, job: Job) -> int:
         """Blocks that the job's next step needs; a queued job needs room for all of its prompt."""

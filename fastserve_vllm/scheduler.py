@@ -78,7 +78,6 @@ class FastServeScheduler(AsyncScheduler):
         self.planner = StepPlanner(policy, self.demand)
         self._jobs: dict[str, Job] = {}
         self._blocked: dict[Job, None] = {}
-        self._prefilling: dict[Job, None] = {}
         self._scheduled_at: deque[float] = deque()
         self._last_output_s = 0.0
         self._uncharged_s = 0.0
@@ -191,7 +190,7 @@ class FastServeScheduler(AsyncScheduler):
         else:
             self.running.remove(request)
         super()._preempt_request(request, time.monotonic())
-        self._restart_prefill(self._jobs[request.request_id])
+        self._jobs[request.request_id].next_tokens = request.num_tokens
 
     def _reconcile(self, plan: StepPlan, output: SchedulerOutput, now_s: float) -> None:
         """Follow what vLLM did where it could not follow the plan; track prefills."""
@@ -202,15 +201,13 @@ class FastServeScheduler(AsyncScheduler):
             for job in plan.batch:
                 if job.job_id not in scheduled and job.state is JobState.RUNNING:
                     self._missed(job, now_s)
-        if not self._prefilling:
-            return
-        for job in [job for job in self._prefilling if job.job_id in scheduled]:
+        decode_tokens = self.demand.decode_tokens
+        for job in [job for job in plan.batch if job.next_tokens != decode_tokens]:
             request = job.handle
             if request.is_prefill_chunk:
                 job.next_tokens = request.num_tokens - request.num_computed_tokens
-            else:
-                job.next_tokens = self.demand.decode_tokens
-                del self._prefilling[job]
+            elif job.job_id in scheduled:
+                job.next_tokens = decode_tokens
 
     def _missed(self, job: Job, now_s: float) -> None:
         request: Request = job.handle
@@ -244,7 +241,6 @@ class FastServeScheduler(AsyncScheduler):
 
     def _block(self, job: Job) -> None:
         self.planner.block(job)
-        self._prefilling.pop(job, None)
         self._blocked[job] = None
 
     def _size_up(self, job: Job) -> None:
@@ -255,11 +251,6 @@ class FastServeScheduler(AsyncScheduler):
         job.prompt_tokens = request.num_prompt_tokens
         job.first_step_s = self.step_time.prefill_s(uncached, self.max_num_scheduled_tokens)
         job.next_tokens = uncached
-        self._prefilling[job] = None
-
-    def _restart_prefill(self, job: Job) -> None:
-        job.next_tokens = job.handle.num_tokens
-        self._prefilling[job] = None
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
@@ -268,7 +259,7 @@ class FastServeScheduler(AsyncScheduler):
         super()._preempt_request(request, timestamp, drop_stale_output)
         job = self._jobs[request.request_id]
         self.planner.evict(job, self.clock())
-        self._restart_prefill(job)
+        job.next_tokens = request.num_tokens
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
@@ -277,7 +268,6 @@ class FastServeScheduler(AsyncScheduler):
         job = self._jobs.pop(request.request_id)
         self.planner.remove(job)
         self._blocked.pop(job, None)
-        self._prefilling.pop(job, None)
         self.left_out.pop(request, None)
         return super()._free_request(request, delay_free_blocks)
 

@@ -42,7 +42,8 @@ def announcement(base_url: str) -> str:
     with urlopen(f"{base_url}/v1/models", timeout=5) as response:
         model = json.load(response)["data"][0]["id"]
     messages = [{"role": "user", "content": QUESTION}]
-    body = json.dumps({"model": model, "messages": messages, "temperature": 0})
+    request = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 64}
+    body = json.dumps(request)
     return (
         f"\nready on {base_url} - ctrl-C stops it. Try, in another terminal:\n\n"
         f"curl -s {base_url}/v1/chat/completions"

@@ -1,19 +1,21 @@
 """What a step has to give away, and the job-by-job decision of who gets it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Protocol
 
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.queues import ResidentTail
+
+_by_key = attrgetter("key")
 
 
 class Demand(Protocol):
     """What the host alone knows of a job's next step. Asked only where a limit binds."""
 
-    def ready(self, job: Job) -> bool:
-        """Whether the job has something to compute that is not already in flight."""
+    def unready(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those of the jobs that have nothing to compute which is not already in flight."""
         ...
 
     def new_blocks(self, job: Job) -> int:
@@ -67,24 +69,25 @@ class StepLimits:
     overlapping: bool = False
     admit_queued: bool = True
 
-    @property
-    def binding(self) -> bool:
-        """Whether each job must be looked at, whatever the sums say."""
-        return (
-            self.overlapping
-            or self.max_adapters is not None
-            or self.free_slots is not None
-        )
+    def hold(self, batch: Collection[Job], joined: Iterable[Job]) -> bool:
+        """Whether the whole batch fits for certain, by sums that overestimate what it needs.
 
-    def hold(self, batch: Iterable[Job]) -> bool:
-        """Whether the whole batch fits for certain, by sums that overestimate what it needs."""
-        tokens = blocks = 0
-        for job in batch:
-            tokens += job.next_tokens
-            blocks += self.block_bound
-            if job.next_tokens > self.decode_tokens:
-                blocks += self.block_bound * (job.next_tokens // self.block_tokens + 1)
-        return tokens <= self.token_budget and blocks + self.headroom_blocks <= self.free_blocks
+        Args:
+            batch: the jobs that would run.
+            joined: those of them that did not run before.
+        """
+        if self.max_adapters is not None:
+            return False
+        if self.free_slots is not None:
+            queued = sum(job.state is JobState.QUEUED for job in joined)
+            if queued > self.free_slots:
+                return False
+        tokens = len(batch) * self.decode_tokens
+        blocks = len(batch) * self.block_bound + self.headroom_blocks
+        for wanted in [job.next_tokens for job in batch if job.next_tokens > self.decode_tokens]:
+            tokens += wanted
+            blocks += self.block_bound * (wanted // self.block_tokens + 1)
+        return tokens <= self.token_budget and blocks <= self.free_blocks
 
 
 class Verdict(Enum):
@@ -102,13 +105,19 @@ class StepBudget:
 
     A job is admitted whole or changes nothing. Where blocks or slots run short, the job that
     would run last gives up its KV cache; never one that stands before the job that asks.
+
+    Args:
+        limits: the room of the step.
+        demand: the host's answers.
+        residents: lists the jobs that hold KV cache. Called once at most, and only when memory is
+            short: then the step costs O(R log R) more for R such jobs, who are as many as the
+            device holds, however long the queue is.
     """
 
     limits: StepLimits
     demand: Demand
-    residents: ResidentTail
+    residents: Callable[[], Iterable[Job]]
     victims: dict[Job, None] = field(default_factory=dict)
-    spared: list[Job] = field(default_factory=list)
     declined: dict[str, int] = field(default_factory=dict)
     partial: Job | None = None
     _admitted: int = 0
@@ -118,17 +127,23 @@ class StepBudget:
     _adapters: set[int] = field(default_factory=set)
     _queued_closed: bool = False
     _queued_admitted: bool = False
+    _tail: list[Job] | None = None
 
     def __post_init__(self) -> None:
         self._tokens = self.limits.token_budget
         self._blocks = self.limits.free_blocks
         self._slots = self.limits.free_slots or 0
 
+    @property
+    def takes_queued(self) -> bool:
+        """Whether a job without KV cache could still be admitted."""
+        return self.partial is None and not self._queued_closed
+
     def admit(self, job: Job) -> Verdict:
         """Give the job its share of the step, or say why not."""
         if self._admitted == self.limits.batch_limit or self._tokens <= 0:
             return Verdict.CLOSED
-        if job in self.victims or not self.demand.ready(job):
+        if job in self.victims or (self.limits.overlapping and self.demand.unready((job,))):
             return Verdict.NOT_READY
         queued = job.state is JobState.QUEUED
         tokens = self._token_share(job, queued)
@@ -160,8 +175,6 @@ class StepBudget:
         """The first limit that keeps the job out; None once room has been made for it."""
         if tokens == 0:
             return "tokens"
-        if queued and self._queued_closed:
-            return "queue"
         adapter = self.demand.adapter(job) if self.limits.max_adapters is not None else 0
         full = self.limits.max_adapters is not None and (
             len(self._adapters) >= self.limits.max_adapters
@@ -183,20 +196,22 @@ class StepBudget:
     def _make_room(self, job: Job, blocks: int, slots: int) -> bool:
         """Take KV cache from the tail of the order until the job fits, or leave all as it was."""
         free, free_slots = self._blocks, self._slots
+        if blocks <= free and slots <= free_slots:
+            return True
+        if self._tail is None:
+            self._tail = sorted(self.residents(), key=_by_key)
+        kept = self._tail.copy()
         taken: list[Job] = []
         while blocks > free or slots > free_slots:
-            victim = self.residents.pop()
-            if victim is None or victim.key <= job.key:
-                self.spared.extend(taken if victim is None else (*taken, victim))
+            if not kept or kept[-1].key <= job.key:
                 return False
+            victim = kept.pop()
             freed = self.demand.freed_blocks(victim)
-            if freed is None:
-                self.spared.append(victim)
-                continue
-            taken.append(victim)
-            free += freed
-            free_slots += 1
-        self._blocks, self._slots = free, free_slots
+            if freed is not None:
+                taken.append(victim)
+                free += freed
+                free_slots += 1
+        self._tail, self._blocks, self._slots = kept, free, free_slots
         self.victims.update(dict.fromkeys(taken))
         return True
 

@@ -8,6 +8,8 @@ from fastserve_vllm.policy.quantum import QuantumLadder
 # Batches of waiting jobs beyond which the levels below the steady ones open. Simulated on
 # ShareGPT lengths, batch 16: 1 opens them at load 1.0 already, 2 opens them too late at 1.2.
 _PRESSURE_BATCHES = 1.5
+# One promotion a step for this many batch places: starvation prevention may not cost more swaps.
+_PLACES_A_PROMOTION = 32
 
 
 def make_ladder(config: FastServeConfig, base_s: float) -> QuantumLadder:
@@ -35,4 +37,5 @@ def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Pol
         starvation_limit_s=config.starvation_limit_s,
         steady_levels=config.steady_levels,
         pressure_jobs=int(_PRESSURE_BATCHES * batch_limit),
+        max_promotions=max(batch_limit // _PLACES_A_PROMOTION, 1),
     )

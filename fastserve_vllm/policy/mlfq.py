@@ -26,6 +26,8 @@ class SkipJoinMlfq:
             than `pressure_jobs` wait, and until then a quantum in the lowest open one is renewed.
             Preempting one long answer for another buys nothing while few wait. None: all.
         pressure_jobs: waiting jobs beyond which the levels below open.
+        max_promotions: most promotions at a time, longest wait first; None: no limit. When more
+            jobs starve than can be served, promoting them all only swaps the batch over and over.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class SkipJoinMlfq:
         starvation_limit_s: float | None = None,
         steady_levels: int | None = None,
         pressure_jobs: int = 0,
+        max_promotions: int | None = None,
     ) -> None:
         self.ladder = ladder
         self.skip_join = skip_join
         self.starvation_limit_s = starvation_limit_s
         self.pressure_jobs = pressure_jobs
+        self.max_promotions = max_promotions
         # From here down, levels are kept in arrival order.
         self.arrival_level = min(steady_levels or ladder.num_levels, ladder.num_levels) - 1
         self.demotions = 0
@@ -113,8 +117,8 @@ class SkipJoinMlfq:
         """Move every job that has waited for the starvation limit to level 0."""
         if self.starvation_limit_s is None:
             return ()
-        promoted = []
-        while self._waiting:
+        promoted: list[Job] = []
+        while self._waiting and len(promoted) != self.max_promotions:
             job = next(iter(self._waiting))
             if now_s - job.waiting_since_s < self.starvation_limit_s:
                 break

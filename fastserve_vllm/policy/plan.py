@@ -1,14 +1,14 @@
 """Chooses each step's batch: the first jobs of the total order that the step has room for."""
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import Demand, StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.queues import ReadyQueue, ResidentTail
+from fastserve_vllm.policy.queues import ReadyQueue
 
 _by_key = attrgetter("key")
 # A step's walk ends once this many jobs a batch place were declined: beyond that, the step is
@@ -50,7 +50,7 @@ class StepPlanner:
 
     The live scheduler, the simulator and the property tests all drive this object. A step whose
     limits do not bind costs O((c + 1) log n) for the c jobs that enter or leave the batch, and one
-    pass over the batch; one whose limits bind costs O((B + s) log n) for the s jobs passed over.
+    pass over the batch; one whose limits bind costs O(B log n).
     """
 
     def __init__(self, policy: Policy, demand: Demand) -> None:
@@ -59,8 +59,8 @@ class StepPlanner:
         self.counters = StepCounters()
         self._jobs: dict[Job, None] = {}
         self._running: list[Job] = []
-        self._ready = ReadyQueue()
-        self._residents = ResidentTail()
+        self._queued = ReadyQueue()
+        self._paused = ReadyQueue()
         self._unsorted = False
 
     def __len__(self) -> int:
@@ -79,14 +79,14 @@ class StepPlanner:
     @property
     def num_residents(self) -> int:
         """Jobs that run or are paused."""
-        return len(self._residents)
+        return len(self._running) + len(self._paused)
 
     def state_counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
-        running, paused = len(self._running), len(self._residents) - len(self._running)
+        running, queued, paused = len(self._running), len(self._queued), len(self._paused)
         return {
-            JobState.BLOCKED: len(self._jobs) - running - len(self._ready),
-            JobState.QUEUED: len(self._ready) - paused,
+            JobState.BLOCKED: len(self._jobs) - running - queued - paused,
+            JobState.QUEUED: queued,
             JobState.RUNNING: running,
             JobState.PAUSED: paused,
         }
@@ -121,25 +121,20 @@ class StepPlanner:
         if job.state is JobState.RUNNING:
             self._running.remove(job)
             self.policy.stop(job, now_s)
-        self._residents.discard(job)
-        job.state = JobState.QUEUED
-        self._ready.push(job)
+        self._paused.discard(job)
+        self._requeue(job)
 
     def missed(self, job: Job, now_s: float) -> None:
         """The host did not run a job of the plan's batch, which was resident before the plan."""
         if job.state is JobState.RUNNING:
             self._running.remove(job)
-            self._pause((job,), now_s)
+            self._pause(job, now_s)
 
     def observe(self, step_s: float, now_s: float) -> None:
         """Charge `step_s` seconds to the running jobs; demote and promote."""
-        for job in self.policy.charge(step_s):
-            self._unsorted = True
-            self._residents.push(job)
+        self._unsorted |= bool(self.policy.charge(step_s))
         for job in self.policy.promote_starved(now_s):
-            self._ready.push(job)
-            if job.state is JobState.PAUSED:
-                self._residents.push(job)
+            (self._paused if job.state is JobState.PAUSED else self._queued).push(job)
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
@@ -148,16 +143,14 @@ class StepPlanner:
             self._unsorted = False
         if not limits.admit_queued:
             return self._drain(limits, now_s)
-        if limits.binding:
-            return self._fit(self._in_order(self._running, self._ready), limits, now_s)
-        joined, left = self._take_first(limits.batch_limit)
-        if not limits.hold(self._running):
-            self._running += reversed(left)
-            return self._fit(self._in_order(self._running, self._ready), limits, now_s)
-        if joined or left:
-            self.counters.paused += len(left)
-            self._pause(left, now_s)
-            self._start(joined)
+        joined, left, held = self._take_ready(limits)
+        if not limits.hold(self._running, joined):
+            candidates = sorted([*self._running, *left], key=_by_key)
+            return self._fit(candidates, held, limits, now_s)
+        self.counters.paused += len(left)
+        left += [job for job in held if job.state is JobState.RUNNING]
+        self._put_back({*left, *held}, now_s)
+        self._start(joined)
         return StepPlan(tuple(self._running), tuple(joined), tuple(left))
 
     def check_integrity(self) -> None:
@@ -166,31 +159,57 @@ class StepPlanner:
         Raises:
             AssertionError: naming the job.
         """
-        running, ready = set(self._running), set(self._ready)
+        running, queued, paused = set(self._running), set(self._queued), set(self._paused)
         assert len(running) == len(self._running), "I1: a job runs twice"
-        assert not running & ready, f"I1: running and ready: {running & ready}"
+        assert len(self._queued) == len(queued), "I1: the queue of queued jobs miscounts"
+        assert len(self._paused) == len(paused), "I1: the queue of paused jobs miscounts"
+        places = {JobState.RUNNING: running, JobState.QUEUED: queued, JobState.PAUSED: paused}
         for job in self._jobs:
-            resident = job.state in (JobState.RUNNING, JobState.PAUSED)
-            waits = job.state in (JobState.QUEUED, JobState.PAUSED)
-            assert (job in running) == (job.state is JobState.RUNNING), f"I1: {job}"
-            assert (job in ready) == waits, f"I1: {job}"
-            assert (job in self._residents) == resident, f"I1: {job}"
-        assert running | ready <= self._jobs.keys(), "I1: a job that left is still queued"
-        assert len(self._ready) == len(ready), "I1: the ready queue miscounts"
+            for state, place in places.items():
+                assert (job in place) == (job.state is state), f"I1: {job}"
+        assert running | queued | paused <= self._jobs.keys(), "I1: a job that left is still here"
 
     def _queue(self, job: Job, now_s: float) -> None:
         self.policy.join(job, now_s)
-        job.state = JobState.QUEUED
-        self._ready.push(job)
+        self._requeue(job)
 
     def _withdraw(self, job: Job) -> None:
         if job.state is JobState.BLOCKED:
             return
         if job.state is JobState.RUNNING:
             self._running.remove(job)
-        self._ready.discard(job)
-        self._residents.discard(job)
+        elif job.state is JobState.QUEUED:
+            self._queued.discard(job)
+        else:
+            self._paused.discard(job)
         self.policy.leave(job)
+
+    def _take_ready(self, limits: StepLimits) -> tuple[list[Job], list[Job], list[Job]]:
+        """Make `_running` the first jobs of the order that have something to compute.
+
+        Returns:
+            The jobs that joined it, the running ones that they displaced, and those held back
+            because all that they have to compute is in flight.
+        """
+        held = self._hold_back(self._running) if limits.overlapping else []
+        joined, left = self._take_first(limits.batch_limit)
+        newest = joined
+        while limits.overlapping and (unready := self._hold_back(newest)):
+            held += unready
+            joined = [job for job in joined if job in self._running]
+            # There is room again, first of all for the displaced.
+            self._running = sorted([*self._running, *left], key=_by_key)
+            newest, left = self._take_first(limits.batch_limit)
+            joined += newest
+        return joined, left, held
+
+    def _hold_back(self, jobs: Sequence[Job]) -> list[Job]:
+        """Take those of the running jobs out that have nothing to compute, and return them."""
+        unready = self.demand.unready(jobs)
+        if unready:
+            gone = set(unready)
+            self._running = [job for job in self._running if job not in gone]
+        return unready
 
     def _take_first(self, batch_limit: int) -> tuple[list[Job], list[Job]]:
         """Make `_running` the first `batch_limit` jobs of the order.
@@ -198,102 +217,134 @@ class StepPlanner:
         Returns:
             The jobs that joined it, and the running ones that they displaced, last one first.
         """
-        running, ready = self._running, self._ready
+        running = self._running
         joined: list[Job] = []
         left = [running.pop() for _ in range(len(running) - batch_limit)]
-        while (job := ready.first()) is not None:
+        while (queue := self._next_queue()) is not None:
+            job = queue.first()
             if len(running) >= batch_limit and (not running or job.key >= running[-1].key):
                 break
-            insort(running, ready.pop(), key=_by_key)
+            insort(running, queue.pop(), key=_by_key)
             joined.append(job)
             if len(running) > batch_limit:
                 left.append(running.pop())
         return joined, left
 
+    def _next_queue(self) -> ReadyQueue | None:
+        """The queue whose first job comes first; None: nobody waits."""
+        queued, paused = self._queued.first(), self._paused.first()
+        if paused is None:
+            return None if queued is None else self._queued
+        return self._queued if queued is not None and queued.key < paused.key else self._paused
+
     def _drain(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Nothing new may start: choose among the jobs that hold KV cache."""
-        holders = [job for job in self._ready if self.demand.holds_kv(job)]
+        holders = [*self._paused, *(job for job in self._queued if self.demand.holds_kv(job))]
         for job in holders:
-            self._ready.discard(job)
-        return self._fit(iter(sorted([*self._running, *holders], key=_by_key)), limits, now_s)
+            (self._paused if job.state is JobState.PAUSED else self._queued).discard(job)
+        candidates = sorted([*self._running, *holders], key=_by_key)
+        return self._fit(candidates, [], limits, now_s)
 
-    def _fit(self, in_order: Iterator[Job], limits: StepLimits, now_s: float) -> StepPlan:
-        """Walk the total order and give each job what is still there."""
-        budget = StepBudget(limits, self.demand, self._residents)
+    def _fit(
+        self, candidates: list[Job], held: list[Job], limits: StepLimits, now_s: float
+    ) -> StepPlan:
+        """Walk the total order and give each job what is still there.
+
+        Args:
+            candidates: jobs taken out of the queues or still running, in order.
+            held: jobs taken out that have nothing to compute.
+            limits: the room of the step.
+            now_s: the time.
+        """
+        budget = StepBudget(limits, self.demand, lambda: self._holders(candidates, held))
         chosen: list[Job] = []
-        passed: dict[Job, None] = {}
-        not_ready: set[Job] = set()
-        lookahead = _LOOKAHEAD * limits.batch_limit + _LOOKAHEAD
-        for job in in_order:
+        passed: list[Job] = []
+        lookahead = _LOOKAHEAD * (limits.batch_limit + 1)
+        for job in self._in_order(candidates, budget):
             verdict = budget.admit(job)
-            if verdict is Verdict.ADMITTED:
-                chosen.append(job)
-                continue
-            passed[job] = None
-            if verdict is Verdict.NOT_READY:
-                not_ready.add(job)
-                continue
-            lookahead -= 1
+            (chosen if verdict is Verdict.ADMITTED else passed).append(job)
+            lookahead -= verdict is Verdict.DECLINED
             if verdict is Verdict.CLOSED or lookahead == 0:
                 break
-        placed = set(chosen)
-        passed.update((job, None) for job in self._running if job not in placed)
-        if not limits.admit_queued:
-            passed.update((job, None) for job in in_order)
-        self._residents.extend(budget.spared)
+        taken = {*chosen, *passed}
+        passed += [job for job in candidates if job not in taken]
         self._decline(budget.declined)
-        plan = self._regroup(chosen, passed, budget, now_s)
-        self.counters.paused += sum(job not in not_ready for job in plan.paused)
-        return plan
+        return self._regroup(chosen, passed, held, budget, now_s)
+
+    def _holders(self, candidates: list[Job], held: list[Job]) -> Iterator[Job]:
+        """The jobs with KV cache on the device, but for those that a walk took from the queues."""
+        yield from self._paused
+        yield from (job for job in (*candidates, *held) if job.state is not JobState.QUEUED)
+
+    def _in_order(self, candidates: list[Job], budget: StepBudget) -> Iterator[Job]:
+        """Merge the candidates with the queues, which lose what is yielded.
+
+        Once the budget takes no queued job, only paused ones are worth a look.
+        """
+        take_queues = budget.limits.admit_queued
+        for job in candidates:
+            while take_queues and (queue := self._next_open(budget)) is not None:
+                if queue.first().key > job.key:
+                    break
+                yield queue.pop()
+            yield job
+        while take_queues and (queue := self._next_open(budget)) is not None:
+            yield queue.pop()
+
+    def _next_open(self, budget: StepBudget) -> ReadyQueue | None:
+        if budget.takes_queued:
+            return self._next_queue()
+        return self._paused if self._paused.first() is not None else None
 
     def _regroup(
-        self, chosen: list[Job], passed: Iterable[Job], budget: StepBudget, now_s: float
+        self, chosen: list[Job], passed: list[Job], held: list[Job], budget: StepBudget, now_s: float
     ) -> StepPlan:
         """Give every job of a walk the state that its new place means."""
         victims = budget.victims
         for job in victims:
             self._give_up(job, now_s)
+        left = [job for job in (*passed, *held) if job not in victims]
+        paused = [job for job in left if job.state is JobState.RUNNING]
+        self.counters.paused += len(paused) - sum(job.state is JobState.RUNNING for job in held)
         started = [job for job in chosen if job.state is not JobState.RUNNING]
-        paused = [job for job in passed if job.state is JobState.RUNNING]
-        for job in passed:
-            if job.state is not JobState.RUNNING and job not in victims:
-                self._ready.push(job)
+        self._put_back(left, now_s)
         self._running = chosen.copy()
-        self._pause(paused, now_s)
         self._start(started)
         if budget.partial is not None:
             chosen.remove(budget.partial)
             chosen.append(budget.partial)
         return StepPlan(tuple(chosen), tuple(started), tuple(paused), tuple(victims))
 
-    @staticmethod
-    def _in_order(running: Iterable[Job], ready: ReadyQueue) -> Iterator[Job]:
-        """Merge the sorted running jobs with the ready queue, which loses what is yielded."""
-        for job in running:
-            while (first := ready.first()) is not None and first.key < job.key:
-                yield ready.pop()
-            yield job
-        while ready.first() is not None:
-            yield ready.pop()
-
     def _start(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self.policy.start(job)
-            self._residents.push(job)
             job.state = JobState.RUNNING
             self.counters.started += 1
 
-    def _pause(self, jobs: Iterable[Job], now_s: float) -> None:
+    def _put_back(self, jobs: Iterable[Job], now_s: float) -> None:
+        """Return jobs that do not run to the queues; a running one is paused."""
         for job in jobs:
-            self.policy.stop(job, now_s)
-            job.state = JobState.PAUSED
-            self._ready.push(job)
+            if job.state is JobState.QUEUED:
+                self._queued.push(job)
+            elif job.state is JobState.PAUSED:
+                self._paused.push(job)
+            else:
+                self._pause(job, now_s)
+
+    def _pause(self, job: Job, now_s: float) -> None:
+        self.policy.stop(job, now_s)
+        job.state = JobState.PAUSED
+        self._paused.push(job)
+
+    def _requeue(self, job: Job) -> None:
+        job.state = JobState.QUEUED
+        self._queued.push(job)
 
     def _give_up(self, job: Job, now_s: float) -> None:
         if job.state is JobState.RUNNING:
             self.policy.stop(job, now_s)
-        job.state = JobState.QUEUED
-        self._ready.push(job)
+        self._paused.discard(job)
+        self._requeue(job)
         self.counters.recomputed += 1
 
     def _decline(self, reasons: dict[str, int]) -> None:

@@ -6,7 +6,7 @@ Real vLLM scheduler objects, no model: a stand-in answers every step. Requests h
 lengths (log-normal); each one that finishes is replaced, so that the queue keeps its length. "Own"
 is what FastServe adds around vLLM's `schedule()` and `update_from_output()`; "whole" is all of it.
 "Burst" is the start, when all requests arrive at once and every step swaps its whole batch; the
-other figures are taken once each request has had some 40 steps of service, as in a queue that
+other figures are taken once each request has had some 80 steps of service, as in a queue that
 overload has built up.
 """
 
@@ -35,7 +35,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--queued", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--warm-turns", type=int, default=40)
+    parser.add_argument("--sync-only", action="store_true")
+    parser.add_argument("--warm-turns", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=None)
@@ -115,7 +116,7 @@ def _summary(name: str, seconds: list[float]) -> dict[str, float]:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case: stock and FastServe, synchronous and asynchronous, each queue length and seed."""
-    cases = [(s, a, q) for a in (False, True) for q in args.queued for s in (None, {})]
+    cases = [(s, a, q) for a in ((False,) if args.sync_only else (False, True)) for q in args.queued for s in (None, {})]
     rows = []
     for fastserve, async_, queued in tqdm(cases, unit="case"):
         seeds = [

@@ -35,7 +35,7 @@ class Demand(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepLimits:
     """The room that one step has.
 

@@ -9,7 +9,7 @@ from fastserve_vllm.policy.quantum import QuantumLadder
 # ShareGPT lengths, batch 16: 1 opens them at load 1.0 already, 2 opens them too late at 1.2.
 _PRESSURE_BATCHES = 1.5
 # One promotion a step for this many batch places: starvation prevention may not cost more swaps.
-_PLACES_A_PROMOTION = 32
+_PLACES_A_PROMOTION = 64
 
 
 def make_ladder(config: FastServeConfig, base_s: float) -> QuantumLadder:

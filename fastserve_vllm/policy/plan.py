@@ -147,10 +147,11 @@ class StepPlanner:
         if not limits.hold(self._running, joined):
             candidates = sorted([*self._running, *left], key=_by_key)
             return self._fit(candidates, held, limits, now_s)
-        self.counters.paused += len(left)
-        left += [job for job in held if job.state is JobState.RUNNING]
-        self._put_back({*left, *held}, now_s)
-        self._start(joined)
+        if joined or left or held:
+            self.counters.paused += len(left)
+            left += [job for job in held if job.state is JobState.RUNNING]
+            self._put_back({*left, *held}, now_s)
+            self._start(joined)
         return StepPlan(tuple(self._running), tuple(joined), tuple(left))
 
     def check_integrity(self) -> None:

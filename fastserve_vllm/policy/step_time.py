@@ -15,6 +15,8 @@ _PRIOR_SPREAD = 3.0
 _DRIFT_STEPS = 20_000
 _OUTLIER_SIGMAS = 4.0
 _NOISE_MEMORY = 0.98
+# Decode-only steps are alike and abundant: the model learns from one in this many of them.
+_DECODE_SAMPLE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,9 @@ class StepTimeModel:
 
     def predict_s(self, shape: StepShape) -> float:
         """Seconds that a step of this shape takes; above 0."""
-        total = sum(max(t, 0.0) * x for t, x in zip(self._theta, shape.features(), strict=True))
+        t0, t1, t2, t3 = self._theta
+        x0, x1, x2, x3 = shape.features()
+        total = max(t0, 0.0) * x0 + max(t1, 0.0) * x1 + max(t2, 0.0) * x2 + max(t3, 0.0) * x3
         return max(total, 1e-6)
 
     def prefill_s(self, tokens: int, token_budget: int) -> float:
@@ -112,10 +116,12 @@ class StepTimeModel:
         self.observations += 1
         if shape.prefill_tokens == 0 and shape.decodes:
             self.min_decode_step_s = min(self.min_decode_step_s or math.inf, step_s)
+            if self.observations > _DECODE_SAMPLE and self.observations % _DECODE_SAMPLE:
+                return
         self._update(shape.features(), step_s)
 
     def _update(self, x: tuple[float, float, float, float], step_s: float) -> None:
-        """One Kalman step; written out, for it runs in every engine step."""
+        """One Kalman step; written out, for it runs in the engine's loop."""
         x0, x1, x2, x3 = x
         cov, theta = self._cov, self._theta
         for i, drift in enumerate(self._drift):
@@ -123,18 +129,19 @@ class StepTimeModel:
             if row[i] < self._prior[i]:
                 row[i] += drift
         gain = [r[0] * x0 + r[1] * x1 + r[2] * x2 + r[3] * x3 for r in cov]
+        g0, g1, g2, g3 = gain
         residual = step_s - (theta[0] * x0 + theta[1] * x1 + theta[2] * x2 + theta[3] * x3)
-        spread = gain[0] * x0 + gain[1] * x1 + gain[2] * x2 + gain[3] * x3
+        spread = g0 * x0 + g1 * x1 + g2 * x2 + g3 * x3
         noise = max(self._noise_s, 1e-3 * step_s, 1e-9)
         residual = self._clip(residual, _OUTLIER_SIGMAS * math.sqrt(noise * noise + spread))
         scale = 1.0 / (spread + noise * noise)
         for i, row in enumerate(cov):
             k = gain[i] * scale
             theta[i] += k * residual
-            row[0] -= k * gain[0]
-            row[1] -= k * gain[1]
-            row[2] -= k * gain[2]
-            row[3] -= k * gain[3]
+            row[0] -= k * g0
+            row[1] -= k * g1
+            row[2] -= k * g2
+            row[3] -= k * g3
         self._noise_s = _NOISE_MEMORY * self._noise_s + (1 - _NOISE_MEMORY) * abs(residual)
 
     def _clip(self, residual: float, limit: float) -> float:

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
+from fastserve_vllm import host
 from fastserve_vllm.config import ConfigError, FastServeConfig
-from fastserve_vllm.selection import check_scheduler_class, engine_overrides
+from fastserve_vllm.selection import engine_overrides, refuse_conflicts
 
 SCHEDULERS = ("fastserve",)
 
@@ -29,18 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def apply_or_exit(args: argparse.Namespace) -> None:
+    """`apply`, ending the program as a parser does: with one line and status 2."""
+    try:
+        apply(args)
+    except (ValueError, host.HostContractError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
 def apply(args: argparse.Namespace) -> None:
     """Rewrite parsed arguments so that vLLM's own ones select FastServe; does so once.
 
     Raises:
         ValueError: flags that exclude each other, or a configuration without the scheduler.
+        HostContractError: the installed vLLM does not fit; found before a model is loaded.
     """
     config = getattr(args, "fastserve_config", None)
     if getattr(args, "scheduler", None) is None:
         if config is not None:
             raise ValueError("--fastserve-config has no effect without --scheduler fastserve")
         return
-    check_scheduler_class(args.scheduler_cls)
+    host.check()
+    refuse_conflicts(args.scheduler_cls, args.kv_offloading_size)
     overrides = engine_overrides(config, args.kv_transfer_config)
     args.scheduler_cls = overrides["scheduler_cls"]
     args.kv_transfer_config = _transfer_config(overrides["kv_transfer_config"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 SUPPORTED = ((0, 32), (0, 34))
 """vLLM's minor versions from the first up to, not including, the second."""
@@ -55,7 +55,9 @@ class Seam:
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _KV = "vllm.v1.core.kv_cache_manager:KVCacheManager"
-_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
+_KV_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector"
+_CONNECTOR = f"{_KV_CONNECTOR}.v1.base:KVConnectorBase_V1"
+_OUTPUT = "vllm.v1.core.sched.output"
 
 CONTRACT: tuple[Seam, ...] = (
     Seam("vllm.v1.core.sched.async_scheduler:AsyncScheduler", "inherit the iteration scheduler"),
@@ -74,6 +76,16 @@ CONTRACT: tuple[Seam, ...] = (
         f"{_SCHEDULER}._preempt_request",
         "give up a request's KV cache",
         ("self", "request", "timestamp", "drop_stale_output"),
+    ),
+    Seam(
+        f"{_SCHEDULER}._update_after_schedule",
+        "leave asynchronous bookkeeping out where it is off",
+        ("self", "scheduler_output"),
+    ),
+    Seam(
+        f"{_SCHEDULER}._update_request_with_output",
+        "leave asynchronous bookkeeping out where it is off",
+        ("self", "request", "new_token_ids", "is_stale"),
     ),
     Seam(f"{_SCHEDULER}._free_request", "forget finished requests", ("self", "request")),
     Seam(
@@ -112,8 +124,11 @@ CONTRACT: tuple[Seam, ...] = (
             "kv_holding_waiting",
             "requests",
             "connector",
+            "vllm_config",
             "lora_config",
+            "kv_cache_config",
             "kv_cache_manager",
+            "block_size",
             "use_v2_model_runner",
             "max_num_active_reqs",
             "max_num_running_reqs",
@@ -140,9 +155,20 @@ CONTRACT: tuple[Seam, ...] = (
             "num_stale_output_tokens",
             "drop_stale_output",
             "next_decode_eligible_step",
+            "is_prefill_chunk",
         ),
     ),
+    Seam("vllm.v1.request:Request.num_tokens", "read a request's length"),
     Seam("vllm.v1.request:Request.num_tokens_with_spec", "read a request's length"),
+    Seam("vllm.v1.request:RequestStatus.RUNNING", "tell requests that hold KV cache"),
+    Seam("vllm.v1.core.sched.interface:PauseState.PAUSED_ALL", "leave a paused engine alone"),
+    Seam("vllm.v1.core.sched.interface:PauseState.UNPAUSED", "start no requests while pausing"),
+    Seam(
+        f"{_OUTPUT}:SchedulerOutput",
+        "learn what a step computes",
+        sets=("num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_cached_reqs"),
+    ),
+    Seam(f"{_OUTPUT}:CachedRequestData", "size up a step", sets=("num_computed_tokens",)),
     Seam(
         "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests",
         "replace the waiting queues",
@@ -151,24 +177,43 @@ CONTRACT: tuple[Seam, ...] = (
     Seam(f"{_KV}.get_computed_blocks", "find a prompt's cached prefix", ("self", "request")),
     Seam(f"{_KV}.get_blocks", "count the blocks that a preemption frees", ("self", "request_id")),
     Seam(_KV, "count free blocks", sets=("block_pool", "watermark_blocks", "num_kv_cache_groups")),
-    Seam(
-        "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "count free blocks", ("self",)
-    ),
+    Seam("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "count free blocks", ("self",)),
+    Seam("vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt", "count shared blocks"),
+    Seam("vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null", "count shared blocks"),
+    Seam("vllm.v1.core.kv_cache_manager:KVCacheBlocks", "count blocks", sets=("blocks",)),
+    Seam("vllm.v1.kv_cache_interface:KVCacheConfig", "describe itself", sets=("num_blocks",)),
+    Seam("vllm.config:VllmConfig.max_concurrent_batches", "tell whether steps overlap"),
+    Seam("vllm.config:SchedulerConfig.enable_chunked_prefill", "fill the token budget"),
+    Seam("vllm.config:SchedulerConfig.long_prefill_token_threshold", "fill the token budget"),
+    Seam("vllm.config:LoRAConfig.max_loras", "keep to the adapters that fit a step"),
+    Seam("vllm.lora.request:LoRARequest.lora_int_id", "keep to the adapters that fit a step"),
     Seam(
         "vllm.engine.arg_utils:EngineArgs.add_cli_args", "declare command-line flags", ("parser",)
     ),
     Seam("vllm.engine.arg_utils:EngineArgs.from_cli_args", "read command-line flags", ("args",)),
+    Seam(_CONNECTOR, "read FastServe's configuration", sets=("_kv_transfer_config",)),
     Seam(f"{_CONNECTOR}.get_kv_connector_stats", "export figures", ("self",)),
+    Seam(f"{_CONNECTOR}.build_kv_connector_stats", "export figures", ("data",)),
     Seam(
         f"{_CONNECTOR}.build_prom_metrics",
         "export figures",
         ("vllm_config", "metric_types", "labelnames", "per_engine_labelvalues"),
     ),
+    Seam(f"{_KV_CONNECTOR}.v1.metrics:KVConnectorStats", "export figures", sets=("data",)),
+    Seam(
+        f"{_KV_CONNECTOR}.v1.metrics:KVConnectorPromMetrics",
+        "export figures",
+        sets=("per_engine_labelvalues",),
+    ),
     Seam(f"{_CONNECTOR}.requires_kv_delivery", "keep preempted requests' output"),
     Seam(
-        "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:"
-        "MultiConnector.sub_connectors",
+        f"{_KV_CONNECTOR}.v1.multi_connector:MultiConnector.sub_connectors",
         "live beside a user's own connector",
+    ),
+    Seam(
+        f"{_KV_CONNECTOR}.factory:KVConnectorFactory.register_connector",
+        "export figures beside a user's own connector",
+        ("name", "module_path", "class_name"),
     ),
 )
 
@@ -182,8 +227,7 @@ def check(contract: tuple[Seam, ...] = CONTRACT) -> None:
     import vllm
 
     low, high = SUPPORTED
-    release = Version(vllm.__version__).release[:2]
-    if not low <= release < high:
+    if not low <= _release(vllm.__version__) < high:
         raise HostContractError(
             f"this FastServe supports vLLM >={low[0]}.{low[1]},<{high[0]}.{high[1]}; "
             f"{vllm.__version__} is installed"
@@ -195,6 +239,14 @@ def check(contract: tuple[Seam, ...] = CONTRACT) -> None:
         )
 
 
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor); () for a version that is none, as in a source tree without metadata."""
+    try:
+        return Version(version).release[:2]
+    except InvalidVersion:
+        return ()
+
+
 def _resolve(path: str) -> Any:
     module, _, names = path.partition(":")
     target: Any = import_module(module)
@@ -204,7 +256,9 @@ def _resolve(path: str) -> Any:
 
 
 def _written_by_init(cls: type[Any]) -> Iterator[str]:
-    """Names of the attributes that the class's `__init__` assigns."""
+    """Names of the attributes that the class's `__init__` assigns; none where it is compiled."""
+    if not inspect.isfunction(cls.__init__):
+        return
     for instruction in dis.get_instructions(cls.__init__):
         if instruction.opname == "STORE_ATTR":
             yield instruction.argval

@@ -6,8 +6,9 @@ from typing import Any
 import vllm
 from vllm.v1.engine.async_llm import AsyncLLM as _AsyncLLM
 
+from fastserve_vllm import host
 from fastserve_vllm.config import FastServeConfig
-from fastserve_vllm.selection import check_scheduler_class, engine_overrides, select
+from fastserve_vllm.selection import engine_overrides, refuse_conflicts, select
 
 Config = FastServeConfig | Mapping[str, Any] | None
 
@@ -17,11 +18,13 @@ class LLM(vllm.LLM):
 
     Raises:
         ConfigError: the configuration is not valid.
-        ValueError: `scheduler_cls` is given too.
+        ValueError: `scheduler_cls` or `kv_offloading_size` is given too.
+        HostContractError: the installed vLLM does not fit.
     """
 
     def __init__(self, model: str, *, fastserve_config: Config = None, **kwargs: Any) -> None:
-        check_scheduler_class(kwargs.pop("scheduler_cls", None))
+        host.check()
+        refuse_conflicts(kwargs.pop("scheduler_cls", None), kwargs.get("kv_offloading_size"))
         overrides = engine_overrides(fastserve_config, kwargs.pop("kv_transfer_config", None))
         super().__init__(model, **kwargs, **overrides)
 
@@ -37,5 +40,8 @@ class AsyncLLM(_AsyncLLM):
     def from_engine_args(
         cls, engine_args: Any, *args: Any, fastserve_config: Config = None, **kwargs: Any
     ) -> "AsyncLLM":
-        """vLLM's `AsyncLLM.from_engine_args`, with FastServe selected on `engine_args`."""
-        return super().from_engine_args(select(engine_args, fastserve_config), *args, **kwargs)
+        """As vLLM's, with FastServe selected on `engine_args`."""
+        host.check()
+        select(engine_args, fastserve_config)
+        engine: AsyncLLM = super().from_engine_args(engine_args, *args, **kwargs)
+        return engine

@@ -30,7 +30,7 @@ class Metric:
 
     @property
     def prometheus_name(self) -> str:
-        """vLLM's prefix, so that vLLM unregisters it with its own."""
+        """With vLLM's prefix, so that vLLM unregisters it with its own."""
         return f"vllm:fastserve_{self.name}"
 
     def merge(self, older: Any, newer: Any) -> Any:

@@ -255,7 +255,7 @@ class FastServeScheduler(AsyncScheduler):
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
-        """vLLM gives up a request's KV cache by itself: its job starts over."""
+        """A request's KV cache is given up by vLLM itself: its job starts over."""
         super()._preempt_request(request, timestamp, drop_stale_output)
         job = self._jobs[request.request_id]
         self.planner.evict(job, self.clock())
@@ -270,6 +270,25 @@ class FastServeScheduler(AsyncScheduler):
         self._blocked.pop(job, None)
         self.left_out.pop(request, None)
         return super()._free_request(request, delay_free_blocks)
+
+    # ---- with asynchronous scheduling off, vLLM would have picked its plain scheduler ---------
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Expect output tokens ahead of time only where steps are scheduled ahead of it."""
+        if self.scheduler_config.async_scheduling:
+            super()._update_after_schedule(scheduler_output)
+        else:
+            super(AsyncScheduler, self)._update_after_schedule(scheduler_output)
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        """The other half of `_update_after_schedule`."""
+        if self.scheduler_config.async_scheduling:
+            return super()._update_request_with_output(request, new_token_ids, is_stale)
+        return super(AsyncScheduler, self)._update_request_with_output(
+            request, new_token_ids, is_stale
+        )
 
     # ---- what vLLM asks about all of its requests -------------------------------------------
 
@@ -307,7 +326,8 @@ class FastServeScheduler(AsyncScheduler):
         self.planner.check_integrity()
         running, left_out = set(self.running), set(self.left_out)
         waiting = {*self.waiting, *self.kv_holding_waiting}
-        assert not (running & left_out or running & waiting or left_out & waiting), "I1"
+        assert not running & left_out, "I1: running and left out"
+        assert not (running | left_out) & waiting, "I1: resident and waiting"
         assert self._jobs.keys() == {r.request_id for r in running | left_out | waiting}, "I1"
         for job in self._jobs.values():
             expected = {JobState.RUNNING: running, JobState.PAUSED: left_out}

@@ -1,5 +1,6 @@
 """Turns "schedule with FastServe" into engine arguments that vLLM already has."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ if TYPE_CHECKING:
 
 SCHEDULER_CLASS = "fastserve_vllm.scheduler.FastServeScheduler"
 CONFIG_KEY = "fastserve"
+_CONNECTOR_NAME = "FastServeConnector"
+_CONNECTOR_MODULE = "fastserve_vllm.kv_swap.connector"
 _CONNECTOR: dict[str, Any] = {
-    "kv_connector": "FastServeConnector",
-    "kv_connector_module_path": "fastserve_vllm.kv_swap.connector",
+    "kv_connector": _CONNECTOR_NAME,
+    "kv_connector_module_path": _CONNECTOR_MODULE,
     "kv_role": "kv_both",
 }
 
@@ -47,28 +50,49 @@ def select(
 
     Raises:
         ConfigError: the configuration is not valid.
-        ValueError: `engine_args` names another scheduler class.
+        ValueError: `engine_args` names another scheduler class, or sets `kv_offloading_size`.
     """
     from vllm.config import KVTransferConfig
 
-    check_scheduler_class(engine_args.scheduler_cls)
+    refuse_conflicts(engine_args.scheduler_cls, engine_args.kv_offloading_size)
     overrides = engine_overrides(config, engine_args.kv_transfer_config)
     engine_args.scheduler_cls = overrides["scheduler_cls"]
     engine_args.kv_transfer_config = KVTransferConfig(**overrides["kv_transfer_config"])
     return engine_args
 
 
-def check_scheduler_class(scheduler_cls: Any) -> None:
-    """Refuse a scheduler class of the user's own.
+def refuse_conflicts(scheduler_cls: Any, kv_offloading_size: float | None) -> None:
+    """Refuse engine arguments that take the places which FastServe takes.
 
     Raises:
-        ValueError: one is set.
+        ValueError: a scheduler class is named, or vLLM's own KV offloading is asked for in the
+            way that overwrites the configured KV connector.
     """
+    if scheduler_cls == SCHEDULER_CLASS:
+        raise ValueError("FastServe is selected already: select it once, with one configuration")
     if scheduler_cls is not None:
         raise ValueError(
             f"--scheduler fastserve and --scheduler-cls {scheduler_cls} exclude each other: "
             "each names the scheduler. Remove one of them."
         )
+    if kv_offloading_size is not None:
+        raise ValueError(
+            f"--scheduler fastserve and --kv-offloading-size {kv_offloading_size} exclude each "
+            "other: the latter replaces FastServe's KV connector. Name the offloading connector "
+            "with --kv-transfer-config instead, which is composed with FastServe's."
+        )
+
+
+def register_connector() -> None:
+    """Make FastServe's connector known to vLLM by name; does nothing the second time.
+
+    The module path in its configuration is enough for vLLM itself, but MultiConnector looks the
+    statistics of its children up by name alone.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    with contextlib.suppress(ValueError):  # known already
+        KVConnectorFactory.register_connector(_CONNECTOR_NAME, _CONNECTOR_MODULE, _CONNECTOR_NAME)
 
 
 def _as_mapping(kv_transfer_config: Any) -> dict[str, Any]:
@@ -90,6 +114,7 @@ def _compose(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """One transfer configuration that holds both connectors; ours alone where there is no other."""
     if not theirs.get("kv_connector"):
         return {**theirs, **ours}
+    register_connector()
     if theirs["kv_connector"] == "MultiConnector":
         extra = theirs.get("kv_connector_extra_config", {})
         children = list(extra.get("connectors", []))

@@ -34,6 +34,7 @@ class ManualClock:
         self.now_s = 0.0
 
     def __call__(self) -> float:
+        """Read the time."""
         return self.now_s
 
 
@@ -168,7 +169,8 @@ class ModelFreeEngine:
             if not self.busy:
                 return steps
             self.step()
-        raise RuntimeError(f"requests left after {max_steps} steps: {list(self.scheduler.requests)}")
+        left = list(self.scheduler.requests)
+        raise RuntimeError(f"requests left after {max_steps} steps: {left}")
 
     def _sample(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One token for each request whose known tokens have all been computed."""

@@ -5,8 +5,7 @@ cache, and collects a connector's statistics for its own `/metrics`. Both need a
 always configured, so `--scheduler fastserve` always configures this one.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -28,6 +27,9 @@ from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.kv_swap.statistics import FastServePromMetrics, FastServeStats
 from fastserve_vllm.selection import CONFIG_KEY
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class FastServeMetadata(KVConnectorMetadata):
     """What crosses to the workers in a step: nothing."""
@@ -42,7 +44,7 @@ class FastServeConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
         self.config = FastServeConfig.parse(extra.get(CONFIG_KEY))
-        self.statistics: Callable[[], dict[str, float] | None] | None = None
+        self.statistics: Callable[[], dict[str, Any] | None] | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -14,9 +14,7 @@ _PLACES_A_PROMOTION = 64
 
 def make_ladder(config: FastServeConfig, base_s: float) -> QuantumLadder:
     """The configured ladder; `base_s` seconds is used where the configuration names no base."""
-    return QuantumLadder(
-        config.base_quantum_s or base_s, config.quantum_ratio, config.num_levels
-    )
+    return QuantumLadder(config.base_quantum_s or base_s, config.quantum_ratio, config.num_levels)
 
 
 def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Policy:

@@ -221,8 +221,8 @@ class StepPlanner:
         running = self._running
         joined: list[Job] = []
         left = [running.pop() for _ in range(len(running) - batch_limit)]
-        while (queue := self._next_queue()) is not None:
-            job = queue.first()
+        while (head := self._first_waiting()) is not None:
+            job, queue = head
             if len(running) >= batch_limit and (not running or job.key >= running[-1].key):
                 break
             insort(running, queue.pop(), key=_by_key)
@@ -231,12 +231,12 @@ class StepPlanner:
                 left.append(running.pop())
         return joined, left
 
-    def _next_queue(self) -> ReadyQueue | None:
-        """The queue whose first job comes first; None: nobody waits."""
+    def _first_waiting(self) -> tuple[Job, ReadyQueue] | None:
+        """The first of all jobs that wait, and its queue; None: nobody waits."""
         queued, paused = self._queued.first(), self._paused.first()
-        if paused is None:
-            return None if queued is None else self._queued
-        return self._queued if queued is not None and queued.key < paused.key else self._paused
+        if queued is not None and (paused is None or queued.key < paused.key):
+            return queued, self._queued
+        return None if paused is None else (paused, self._paused)
 
     def _drain(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Nothing new may start: choose among the jobs that hold KV cache."""
@@ -284,21 +284,28 @@ class StepPlanner:
         """
         take_queues = budget.limits.admit_queued
         for job in candidates:
-            while take_queues and (queue := self._next_open(budget)) is not None:
-                if queue.first().key > job.key:
+            while take_queues and (head := self._first_welcome(budget)) is not None:
+                if head[0].key > job.key:
                     break
-                yield queue.pop()
+                yield head[1].pop()
             yield job
-        while take_queues and (queue := self._next_open(budget)) is not None:
-            yield queue.pop()
+        while take_queues and (head := self._first_welcome(budget)) is not None:
+            yield head[1].pop()
 
-    def _next_open(self, budget: StepBudget) -> ReadyQueue | None:
+    def _first_welcome(self, budget: StepBudget) -> tuple[Job, ReadyQueue] | None:
+        """As `_first_waiting`, among the jobs that the budget may still admit."""
         if budget.takes_queued:
-            return self._next_queue()
-        return self._paused if self._paused.first() is not None else None
+            return self._first_waiting()
+        paused = self._paused.first()
+        return None if paused is None else (paused, self._paused)
 
     def _regroup(
-        self, chosen: list[Job], passed: list[Job], held: list[Job], budget: StepBudget, now_s: float
+        self,
+        chosen: list[Job],
+        passed: list[Job],
+        held: list[Job],
+        budget: StepBudget,
+        now_s: float,
     ) -> StepPlan:
         """Give every job of a walk the state that its new place means."""
         victims = budget.victims

@@ -46,8 +46,9 @@ class ReadyQueue:
         heap = self._heap
         while heap:
             entry = heap[0]
-            if entry[1].ticket is entry:
-                return entry[1]
+            job = entry[1]
+            if job.ticket is entry:
+                return job
             heapq.heappop(heap)
         return None
 

@@ -116,7 +116,12 @@ def _summary(name: str, seconds: list[float]) -> dict[str, float]:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case: stock and FastServe, synchronous and asynchronous, each queue length and seed."""
-    cases = [(s, a, q) for a in ((False,) if args.sync_only else (False, True)) for q in args.queued for s in (None, {})]
+    cases = [
+        (s, a, q)
+        for a in ((False,) if args.sync_only else (False, True))
+        for q in args.queued
+        for s in (None, {})
+    ]
     rows = []
     for fastserve, async_, queued in tqdm(cases, unit="case"):
         seeds = [
@@ -141,14 +146,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     prepare_environment()
     rows = run(args)
-    columns = ("own_median_us", "own_mean_us", "own_burst_mean_us", "whole_median_us", "whole_mean_us")
+    columns = (
+        "own_median_us",
+        "own_mean_us",
+        "own_burst_mean_us",
+        "whole_median_us",
+        "whole_mean_us",
+    )
     print("| system | async | queued | " + " | ".join(columns) + " |")
     print("| --- " * (3 + len(columns)) + "|")
     for row in rows:
         figures = " | ".join(f"{row[c]:.1f}" if c in row else "-" for c in columns)
         print(f"| {row['system']} | {row['async_scheduling']} | {row['queued']} | {figures} |")
     if args.output is not None:
-        config = {"arguments": {k: v for k, v in vars(args).items() if k not in ("model", "output")}}
+        config = {
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("model", "output")}
+        }
         write_json(args.output, {"manifest": manifest(config), "rows": rows})
     return 0
 

@@ -32,9 +32,9 @@ from fastserve_vllm.report import Reporter
 
 logger = init_logger(__name__)
 
-# A new smallest decode step moves the ladder only when it is this much shorter: re-basing costs
-# a pass over the batch, and measured minima creep.
-_REBASE_RATIO = 0.95
+# A new smallest decode step moves the ladder only when it differs by this much: re-basing costs a
+# pass over the batch, and measured minima creep. The first one may well be longer than the prior.
+_REBASE_TOLERANCE = 0.05
 
 
 class FastServeScheduler(AsyncScheduler):
@@ -146,15 +146,7 @@ class FastServeScheduler(AsyncScheduler):
 
     def _observe(self, now_s: float) -> None:
         """Charge what ran, demote, promote; let in whoever stopped being blocked."""
-        policy, fastest_s = self.planner.policy, self.step_time.min_decode_step_s
-        if (
-            fastest_s is not None
-            and self.fastserve_config.base_quantum_s is None
-            and isinstance(policy, SkipJoinMlfq)
-            and fastest_s < _REBASE_RATIO * policy.ladder.base_s
-        ):
-            ladder = make_ladder(self.fastserve_config, fastest_s)
-            policy.set_ladder(ladder, self.planner.running)
+        self._rebase()
         self.planner.observe(self._uncharged_s, now_s)
         self._uncharged_s = 0.0
         for job in list(self._blocked):
@@ -162,6 +154,17 @@ class FastServeScheduler(AsyncScheduler):
                 del self._blocked[job]
                 self._size_up(job)
                 self.planner.unblock(job, now_s)
+
+    def _rebase(self) -> None:
+        """Let the base quantum follow the smallest decode step seen, unless it is configured."""
+        policy, fastest_s = self.planner.policy, self.step_time.min_decode_step_s
+        if fastest_s is None or not isinstance(policy, SkipJoinMlfq):
+            return
+        if self.fastserve_config.base_quantum_s is not None:
+            return
+        if abs(fastest_s / policy.ladder.base_s - 1) > _REBASE_TOLERANCE:
+            ladder = make_ladder(self.fastserve_config, fastest_s)
+            policy.set_ladder(ladder, self.planner.running)
 
     def _apply(self, plan: StepPlan) -> None:
         """Show vLLM the plan: a narrowed, ordered `running`, and the queued that may start."""

@@ -91,10 +91,14 @@ class StepLimits:
 
 
 class Verdict(Enum):
-    """What became of a job that asked for a place in the step."""
+    """What became of a job that asked for a place in the step.
+
+    `SKIPPED` jobs cost the step nothing: they have nothing to compute, or stand in the queue
+    behind one that was turned away. `DECLINED` ones met a limit. `CLOSED` ends the walk.
+    """
 
     ADMITTED = "admitted"
-    NOT_READY = "not_ready"
+    SKIPPED = "skipped"
     DECLINED = "declined"
     CLOSED = "closed"
 
@@ -143,9 +147,11 @@ class StepBudget:
         """Give the job its share of the step, or say why not."""
         if self._admitted == self.limits.batch_limit or self._tokens <= 0:
             return Verdict.CLOSED
-        if job in self.victims or (self.limits.overlapping and self.demand.unready((job,))):
-            return Verdict.NOT_READY
         queued = job.state is JobState.QUEUED
+        if job in self.victims or (queued and not self.takes_queued):
+            return Verdict.SKIPPED
+        if self.limits.overlapping and self.demand.unready((job,)):
+            return Verdict.SKIPPED
         tokens = self._token_share(job, queued)
         reason = self._obstacle(job, queued, tokens)
         if reason is not None:

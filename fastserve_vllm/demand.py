@@ -25,10 +25,11 @@ class HostDemand:
         self._chunk = config.long_prefill_token_threshold or 1 << 62
         self._chunked = config.enable_chunked_prefill
         self._max_adapters = lora.max_loras if lora is not None else None
-        groups = self._kv.num_kv_cache_groups
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        sizes = [group.kv_cache_spec.block_size for group in groups]
+        self._block_tokens = min(sizes, default=scheduler.block_size)
         # A decode may cross one block boundary a group, or more where it drafts tokens ahead.
-        self._block_bound = groups * (1 + self.decode_tokens // scheduler.block_size)
-        self._block_tokens = scheduler.block_size
+        self._block_bound = len(groups) * (1 + self.decode_tokens // self._block_tokens)
 
     def limits(self) -> StepLimits:
         """The room of the step that is about to be planned."""
@@ -98,7 +99,7 @@ class HostDemand:
         if not self._scheduler._request_blocks_can_be_freed(request):
             return None
         groups = self._kv.get_blocks(request.request_id).blocks
-        return sum(block.ref_cnt == 1 for group in groups for block in group)
+        return sum(block.ref_cnt == 1 and not block.is_null for group in groups for block in group)
 
     def adapter(self, job: Job) -> int:
         """Id of the request's LoRA adapter, 0 for none."""

@@ -84,6 +84,13 @@ class FastServeScheduler(AsyncScheduler):
         self.reporter = Reporter(self.planner, self.step_time)
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", self.describe())
+        if self.use_v2_model_runner and self.max_num_active_reqs == self.max_num_running_reqs:
+            logger.warning(
+                "FastServe: the V2 model runner keeps one of --max-num-seqs %d slots for each "
+                "paused request, and the batch may take them all: preemption will recompute. Set "
+                "--max-num-active-seqs below --max-num-seqs to leave room for paused requests.",
+                self.max_num_running_reqs,
+            )
 
     def describe(self) -> str:
         """One line: policy, ladder, batch limit, device blocks."""

@@ -12,7 +12,7 @@ _by_key = attrgetter("key")
 
 
 class Demand(Protocol):
-    """What the host alone knows of a job's next step. Asked only where a limit binds."""
+    """What the host alone knows of a job. But for `holds_kv`, asked only where a limit binds."""
 
     def unready(self, jobs: Sequence[Job]) -> list[Job]:
         """Those of the jobs that have nothing to compute which is not already in flight."""
@@ -31,7 +31,11 @@ class Demand(Protocol):
         ...
 
     def holds_kv(self, job: Job) -> bool:
-        """Whether the job has KV cache on the device, in the batch or not."""
+        """Whether the job has KV cache on the device, in the batch or not.
+
+        Asked of queued jobs: one whose KV cache was loaded there needs little to run, and nobody
+        can take its blocks, so it may pass those that wait for memory.
+        """
         ...
 
 
@@ -69,7 +73,7 @@ class StepLimits:
     overlapping: bool = False
     admit_queued: bool = True
 
-    def hold(self, batch: Collection[Job], joined: Iterable[Job]) -> bool:
+    def hold(self, batch: Collection[Job], joined: Sequence[Job]) -> bool:
         """Whether the whole batch fits for certain, by sums that overestimate what it needs.
 
         Args:
@@ -78,12 +82,15 @@ class StepLimits:
         """
         if self.max_adapters is not None:
             return False
-        if self.free_slots is not None:
-            queued = sum(job.state is JobState.QUEUED for job in joined)
-            if queued > self.free_slots:
-                return False
+        queued = [job for job in joined if job.state is JobState.QUEUED]
+        if self.free_slots is not None and len(queued) > self.free_slots:
+            return False
         tokens = len(batch) * self.decode_tokens
         blocks = len(batch) * self.block_bound + self.headroom_blocks
+        for job in queued:
+            # Cached tokens are not computed again, but their blocks may be among the free ones.
+            cached = max(job.prompt_tokens - job.next_tokens, 0)
+            blocks += self.block_bound * (cached // self.block_tokens + 1)
         for wanted in [job.next_tokens for job in batch if job.next_tokens > self.decode_tokens]:
             tokens += wanted
             blocks += self.block_bound * (wanted // self.block_tokens + 1)
@@ -143,12 +150,18 @@ class StepBudget:
         """Whether a job without KV cache could still be admitted."""
         return self.partial is None and not self._queued_closed
 
+    def _turns_away(self, job: Job) -> bool:
+        """Whether the queued job stands behind one that it must not overtake."""
+        if self.takes_queued:
+            return False
+        return self.partial is not None or not self.demand.holds_kv(job)
+
     def admit(self, job: Job) -> Verdict:
         """Give the job its share of the step, or say why not."""
         if self._admitted == self.limits.batch_limit or self._tokens <= 0:
             return Verdict.CLOSED
         queued = job.state is JobState.QUEUED
-        if job in self.victims or (queued and not self.takes_queued):
+        if job in self.victims or (queued and self._turns_away(job)):
             return Verdict.SKIPPED
         if self.limits.overlapping and self.demand.unready((job,)):
             return Verdict.SKIPPED
@@ -190,7 +203,7 @@ class StepBudget:
         blocks = self.demand.new_blocks(job) + (self.limits.headroom_blocks if queued else 0)
         slots = int(queued and self.limits.free_slots is not None)
         if not self._make_room(job, blocks, slots):
-            # Nothing queued may overtake: it would take the memory that this job waits for.
+            # No prefill may overtake: it would take the memory that this job waits for.
             self._queued_closed |= queued
             return "memory"
         if adapter:

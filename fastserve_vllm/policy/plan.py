@@ -8,7 +8,7 @@ from operator import attrgetter
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import Demand, StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.queues import ReadyQueue
+from fastserve_vllm.policy.queues import ReadyQueue, withdraw
 
 _by_key = attrgetter("key")
 # A step's walk ends once this many jobs a batch place were declined: beyond that, the step is
@@ -60,6 +60,8 @@ class StepPlanner:
         self._jobs: dict[Job, None] = {}
         self._running: list[Job] = []
         self._queued = ReadyQueue()
+        # Queued jobs whose KV cache was loaded onto the device before their first turn.
+        self._loaded = ReadyQueue()
         self._paused = ReadyQueue()
         self._unsorted = False
 
@@ -83,7 +85,8 @@ class StepPlanner:
 
     def state_counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
-        running, queued, paused = len(self._running), len(self._queued), len(self._paused)
+        running, paused = len(self._running), len(self._paused)
+        queued = len(self._queued) + len(self._loaded)
         return {
             JobState.BLOCKED: len(self._jobs) - running - queued - paused,
             JobState.QUEUED: queued,
@@ -121,7 +124,7 @@ class StepPlanner:
         if job.state is JobState.RUNNING:
             self._running.remove(job)
             self.policy.stop(job, now_s)
-        self._paused.discard(job)
+        withdraw(job)
         self._requeue(job)
 
     def missed(self, job: Job, now_s: float) -> None:
@@ -134,7 +137,7 @@ class StepPlanner:
         """Charge `step_s` seconds to the running jobs; demote and promote."""
         self._unsorted |= bool(self.policy.charge(step_s))
         for job in self.policy.promote_starved(now_s):
-            (self._paused if job.state is JobState.PAUSED else self._queued).push(job)
+            job.ticket[2].push(job)
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
@@ -149,8 +152,10 @@ class StepPlanner:
             return self._fit(candidates, held, limits, now_s)
         if joined or left or held:
             self.counters.paused += len(left)
+            # First to run first: who has waited equally long is promoted in this order.
+            outside = [*reversed(left), *held]
             left += [job for job in held if job.state is JobState.RUNNING]
-            self._put_back({*left, *held}, now_s)
+            self._put_back(outside, now_s)
             self._start(joined)
         return StepPlan(tuple(self._running), tuple(joined), tuple(left))
 
@@ -160,9 +165,10 @@ class StepPlanner:
         Raises:
             AssertionError: naming the job.
         """
-        running, queued, paused = set(self._running), set(self._queued), set(self._paused)
+        running, paused = set(self._running), set(self._paused)
+        queued = {*self._queued, *self._loaded}
         assert len(running) == len(self._running), "I1: a job runs twice"
-        assert len(self._queued) == len(queued), "I1: the queue of queued jobs miscounts"
+        assert len(self._queued) + len(self._loaded) == len(queued), "I1: queued jobs miscounted"
         assert len(self._paused) == len(paused), "I1: the queue of paused jobs miscounts"
         places = {JobState.RUNNING: running, JobState.QUEUED: queued, JobState.PAUSED: paused}
         for job in self._jobs:
@@ -179,10 +185,7 @@ class StepPlanner:
             return
         if job.state is JobState.RUNNING:
             self._running.remove(job)
-        elif job.state is JobState.QUEUED:
-            self._queued.discard(job)
-        else:
-            self._paused.discard(job)
+        withdraw(job)
         self.policy.leave(job)
 
     def _take_ready(self, limits: StepLimits) -> tuple[list[Job], list[Job], list[Job]]:
@@ -197,7 +200,8 @@ class StepPlanner:
         newest = joined
         while limits.overlapping and (unready := self._hold_back(newest)):
             held += unready
-            joined = [job for job in joined if job in self._running]
+            gone = set(unready)
+            joined = [job for job in joined if job not in gone]
             # There is room again, first of all for the displaced.
             self._running = sorted([*self._running, *left], key=_by_key)
             newest, left = self._take_first(limits.batch_limit)
@@ -233,16 +237,23 @@ class StepPlanner:
 
     def _first_waiting(self) -> tuple[Job, ReadyQueue] | None:
         """The first of all jobs that wait, and its queue; None: nobody waits."""
-        queued, paused = self._queued.first(), self._paused.first()
-        if queued is not None and (paused is None or queued.key < paused.key):
+        queued, holder = self._queued.first(), self._first_holder()
+        if queued is not None and (holder is None or queued.key < holder[0].key):
             return queued, self._queued
+        return holder
+
+    def _first_holder(self) -> tuple[Job, ReadyQueue] | None:
+        """As `_first_waiting`, among the jobs that hold KV cache."""
+        loaded, paused = self._loaded.first(), self._paused.first()
+        if loaded is not None and (paused is None or loaded.key < paused.key):
+            return loaded, self._loaded
         return None if paused is None else (paused, self._paused)
 
     def _drain(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Nothing new may start: choose among the jobs that hold KV cache."""
-        holders = [*self._paused, *(job for job in self._queued if self.demand.holds_kv(job))]
+        holders = [*self._paused, *self._loaded]
         for job in holders:
-            (self._paused if job.state is JobState.PAUSED else self._queued).discard(job)
+            withdraw(job)
         candidates = sorted([*self._running, *holders], key=_by_key)
         return self._fit(candidates, [], limits, now_s)
 
@@ -280,7 +291,7 @@ class StepPlanner:
     def _in_order(self, candidates: list[Job], budget: StepBudget) -> Iterator[Job]:
         """Merge the candidates with the queues, which lose what is yielded.
 
-        Once the budget takes no queued job, only paused ones are worth a look.
+        Once the budget takes no queued job, only those with KV cache are worth a look.
         """
         take_queues = budget.limits.admit_queued
         for job in candidates:
@@ -296,8 +307,7 @@ class StepPlanner:
         """As `_first_waiting`, among the jobs that the budget may still admit."""
         if budget.takes_queued:
             return self._first_waiting()
-        paused = self._paused.first()
-        return None if paused is None else (paused, self._paused)
+        return self._first_holder()
 
     def _regroup(
         self,
@@ -333,7 +343,7 @@ class StepPlanner:
         """Return jobs that do not run to the queues; a running one is paused."""
         for job in jobs:
             if job.state is JobState.QUEUED:
-                self._queued.push(job)
+                self._requeue(job)
             elif job.state is JobState.PAUSED:
                 self._paused.push(job)
             else:
@@ -346,13 +356,15 @@ class StepPlanner:
 
     def _requeue(self, job: Job) -> None:
         job.state = JobState.QUEUED
-        self._queued.push(job)
+        (self._loaded if self.demand.holds_kv(job) else self._queued).push(job)
 
     def _give_up(self, job: Job, now_s: float) -> None:
         if job.state is JobState.RUNNING:
             self.policy.stop(job, now_s)
-        self._paused.discard(job)
-        self._requeue(job)
+        withdraw(job)
+        # The host still holds its KV cache, but not for long.
+        job.state = JobState.QUEUED
+        self._queued.push(job)
         self.counters.recomputed += 1
 
     def _decline(self, reasons: dict[str, int]) -> None:

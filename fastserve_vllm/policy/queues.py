@@ -8,6 +8,12 @@ from fastserve_vllm.policy.job import Job
 _SLACK = 64
 
 
+def withdraw(job: Job) -> None:
+    """Take the job out of whatever queue it is in."""
+    if job.ticket is not None:
+        job.ticket[2].discard(job)
+
+
 class ReadyQueue:
     """Jobs that could take a batch place, first to run first.
 

@@ -63,8 +63,10 @@ class FastServeConfig:
         Raises:
             ConfigError: an unknown key, a wrong type, or a value out of range.
         """
+        if not isinstance(raw, Mapping | None):
+            raise ConfigError(f"fastserve_config must be a mapping of names, got {raw!r}")
         try:
-            return cls(**dict(raw or {}))
+            return cls(**(raw or {}))
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
         except TypeError as error:

@@ -200,7 +200,10 @@ class StepBudget:
         )
         if adapter and full and adapter not in self._adapters:
             return "adapters"
-        blocks = self.demand.new_blocks(job) + (self.limits.headroom_blocks if queued else 0)
+        blocks = self.demand.new_blocks(job)
+        if queued and not self._queued_admitted:
+            # Set aside once: those admitted after it cannot touch it any more.
+            blocks += self.limits.headroom_blocks
         slots = int(queued and self.limits.free_slots is not None)
         if not self._make_room(job, blocks, slots):
             # No prefill may overtake: it would take the memory that this job waits for.
@@ -219,18 +222,20 @@ class StepBudget:
             return True
         if self._tail is None:
             self._tail = sorted(self.residents(), key=_by_key)
-        kept = self._tail.copy()
+        end = len(self._tail)
         taken: list[Job] = []
         while blocks > free or slots > free_slots:
-            if not kept or kept[-1].key <= job.key:
+            end -= 1
+            if end < 0 or self._tail[end].key <= job.key:
                 return False
-            victim = kept.pop()
+            victim = self._tail[end]
             freed = self.demand.freed_blocks(victim)
             if freed is not None:
                 taken.append(victim)
                 free += freed
                 free_slots += 1
-        self._tail, self._blocks, self._slots = kept, free, free_slots
+        del self._tail[end:]
+        self._blocks, self._slots = free, free_slots
         self.victims.update(dict.fromkeys(taken))
         return True
 

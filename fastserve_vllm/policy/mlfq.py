@@ -99,11 +99,7 @@ class SkipJoinMlfq:
         """Charge a step to every running job; one whose quantum is used up moves down one level."""
         self._service_s += step_s
         demoted = []
-        while self._expiries and self._expiries[0][0] <= self._service_s:
-            entry = heapq.heappop(self._expiries)
-            job = entry[2]
-            if job.expiry is not entry:
-                continue
+        for job in self._pop_expired():
             if self._open_below(job.level):
                 self._move(job, job.level + 1)
                 self.demotions += 1
@@ -162,6 +158,15 @@ class SkipJoinMlfq:
             assert (job in self._waiting) <= (job.state is not JobState.RUNNING), f"I1: {job}"
             assert self.attained_service_s(job) >= -1e-6, f"I3: {job}"
         assert sizes == self.level_sizes, f"I1: {sizes} jobs by level, counted {self.level_sizes}"
+
+    def _pop_expired(self) -> list[Job]:
+        """The running jobs whose quantum is used up, each once however short its quantum is."""
+        expired = []
+        while self._expiries and self._expiries[0][0] <= self._service_s:
+            entry = heapq.heappop(self._expiries)
+            if entry[2].expiry is entry:
+                expired.append(entry[2])
+        return expired
 
     def _open_below(self, level: int) -> bool:
         """Whether a job may leave `level` downwards now."""

@@ -3,6 +3,8 @@
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate, repeat
+from operator import mul
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,11 @@ class QuantumLadder:
             raise ValueError(f"ratio must be finite and above 1, got {self.ratio}")
         if self.num_levels < 1:
             raise ValueError(f"num_levels must be at least 1, got {self.num_levels}")
-        bounded = [self.base_s * self.ratio**i for i in range(self.num_levels - 1)]
-        object.__setattr__(self, "quanta_s", (*bounded, math.inf))
+        # Products, for they overflow to infinity where powers raise.
+        quanta_s = list(
+            accumulate(repeat(self.ratio, self.num_levels - 1), mul, initial=self.base_s)
+        )
+        object.__setattr__(self, "quanta_s", (*quanta_s[:-1], math.inf))
 
     @property
     def last_level(self) -> int:

@@ -161,18 +161,19 @@ class StepTimeModel:
         """A model from a saved profile.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is not a finite number.
+            ValueError: a key is missing or unknown, or a value is not a number in its range.
         """
         expected = {*_NAMES, "base_quantum_s"}
-        if set(profile) != expected:
-            raise ValueError(
-                f"a step-time profile has the keys {sorted(expected)}, got {sorted(profile)}"
-            )
-        if not all(isinstance(v, int | float) for v in profile.values()):
-            raise ValueError(f"a step-time profile holds numbers only, got {dict(profile)!r}")
+        if not isinstance(profile, Mapping) or set(profile) != expected:
+            got = sorted(profile) if isinstance(profile, Mapping) else profile
+            raise ValueError(f"a step-time profile has the keys {sorted(expected)}, got {got!r}")
+        for name, value in profile.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         base = profile["base_quantum_s"]
-        if not (math.isfinite(base) and base > 0):
-            raise ValueError(f"base_quantum_s must be finite and above 0, got {base!r}")
+        if base == 0:
+            raise ValueError("base_quantum_s must be above 0, got 0")
         return cls([profile[n] for n in _NAMES], base_quantum_s=base, pinned=pinned)
 
 

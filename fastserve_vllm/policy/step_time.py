@@ -48,8 +48,9 @@ class StepTimeModel:
 
     The update is a Kalman filter whose state may drift slowly, so that directions which the
     workload does not excite keep a bounded uncertainty. An observation further than four noise
-    deviations from the prediction counts as if it were that far: one step that takes 100 times
-    the usual moves the model hardly, a lasting change of speed moves it within some dozen steps.
+    deviations from the prediction is an outlier. Alone it counts for the noise only, so that one
+    step of 100 times the usual moves no prediction; where they follow each other they count as if
+    they were that far off, so that a lasting change of speed is learned in some dozen steps.
 
     Args:
         coefficients: seconds per step, prefill token, decode and context token to start from.
@@ -75,6 +76,7 @@ class StepTimeModel:
         self.min_decode_step_s = base_quantum_s
         self.observations = 0
         self.outliers = 0
+        self._outlier_sides = [0, 0]
         self._theta = [c / s for c, s in zip(coefficients, _SCALES, strict=True)]
         self._prior = [(_PRIOR_SPREAD * max(t, 1e-6)) ** 2 for t in self._theta]
         self._drift = [p / _DRIFT_STEPS for p in self._prior]
@@ -133,7 +135,13 @@ class StepTimeModel:
         residual = step_s - (theta[0] * x0 + theta[1] * x1 + theta[2] * x2 + theta[3] * x3)
         spread = g0 * x0 + g1 * x1 + g2 * x2 + g3 * x3
         noise = max(self._noise_s, 1e-3 * step_s, 1e-9)
-        residual = self._clip(residual, _OUTLIER_SIGMAS * math.sqrt(noise * noise + spread))
+        limit_s = _OUTLIER_SIGMAS * math.sqrt(noise * noise + spread)
+        side = (residual > limit_s) - (residual < -limit_s)
+        if side:
+            residual = side * limit_s
+        self._noise_s = _NOISE_MEMORY * self._noise_s + (1 - _NOISE_MEMORY) * abs(residual)
+        if self._is_alone(side, prefills=x1 > 0):
+            return
         scale = 1.0 / (spread + noise * noise)
         for i, row in enumerate(cov):
             k = gain[i] * scale
@@ -142,13 +150,19 @@ class StepTimeModel:
             row[1] -= k * g1
             row[2] -= k * g2
             row[3] -= k * g3
-        self._noise_s = _NOISE_MEMORY * self._noise_s + (1 - _NOISE_MEMORY) * abs(residual)
 
-    def _clip(self, residual: float, limit: float) -> float:
-        if abs(residual) <= limit:
-            return residual
-        self.outliers += 1
-        return math.copysign(limit, residual)
+    def _is_alone(self, side: int, *, prefills: bool) -> bool:
+        """Whether the step is the first in a row, among those of its kind, to be this far off.
+
+        Args:
+            side: -1 or 1 for an outlier, 0 for any other step.
+            prefills: the kind. A change that concerns prefills only shows in every step that has
+                some, with ordinary steps in between.
+        """
+        alone = side != 0 and side != self._outlier_sides[prefills]
+        self._outlier_sides[prefills] = side
+        self.outliers += side != 0
+        return alone
 
     def to_profile(self) -> dict[str, Any]:
         """The JSON-ready profile that `from_profile` accepts."""

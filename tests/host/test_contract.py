@@ -8,6 +8,7 @@ import vllm
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+import fastserve_vllm
 from fastserve_vllm import demand, host, scheduler
 from fastserve_vllm.host import CONTRACT, HostContractError, Seam
 
@@ -141,3 +142,10 @@ def test_contract_is_complete(module):
     ours |= set(host._written_by_init(scheduler.FastServeScheduler)) - host_state()
     assert uses.of_request <= listed("Request")
     assert uses.of_scheduler - ours - {"__init__"} <= listed("Scheduler")
+
+
+def test_engine_is_refused_before_anything_is_loaded(monkeypatch):
+    """`LLM` does not even look at the model."""
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    with pytest.raises(HostContractError, match=r"0\.34\.0 is installed"):
+        fastserve_vllm.LLM("no/such/model")

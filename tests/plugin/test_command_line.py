@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import vllm
 import yaml
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -145,6 +146,13 @@ def test_kv_offloading_size_is_refused(engine_args, capsys):
     """It would replace FastServe's connector behind its back; the message says what to do."""
     flags = ["--scheduler", "fastserve", "--kv-offloading-size", "4"]
     fails(capsys, lambda: engine_args(*flags), "--kv-offloading-size", "--kv-transfer-config")
+
+
+def test_unsupported_host_is_refused(engine_args, capsys, monkeypatch):
+    """Before a model is loaded; the versions that would do are in the message."""
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    fails(capsys, lambda: engine_args("--scheduler", "fastserve"), "0.34.0", ">=0.32,<0.34")
+    assert engine_args("--max-num-seqs", "4").scheduler_cls is None
 
 
 def test_namespace_applied_once_in_every_process(namespace):

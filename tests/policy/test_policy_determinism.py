@@ -2,7 +2,7 @@
 
 import random
 
-from fake_host import TICK_S, FakeHost, make_job, names
+from fake_host import TICK_S, FakeHost, Stage, make_job, names
 
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.plan import StepPlanner
@@ -53,3 +53,21 @@ def test_the_trace_preempts():
     plans = run(0, overlapping=True)
     assert any(paused for _, _, paused, _ in plans)
     assert any(recomputed for _, _, _, recomputed in plans)
+
+
+def test_plans_do_not_depend_on_true_output_lengths():
+    """Until a job finishes, a trace of short answers and one of long answers plan the same (I8)."""
+    assert answers_of(40) == answers_of(4000)
+
+
+def answers_of(output: int) -> list[str]:
+    """Batches of the first 40 steps of jobs with answers this long."""
+    policy = SkipJoinMlfq(QuantumLadder(TICK_S, 2.0, 6), starvation_limit_s=20 * TICK_S)
+    stage = Stage(policy, num_blocks=60)
+    batches = []
+    for step in range(40):
+        stage.add(f"{step}", prompt=1 + step % 7, output=output)
+        batches.append(stage.step(batch_limit=4))
+        stage.spend(2 * TICK_S)
+    assert not stage.finished_at_s
+    return batches

@@ -311,6 +311,6 @@ class PolicyMachine(RuleBasedStateMachine):
 
 
 PolicyMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, report_multiple_bugs=False
+    max_examples=300, stateful_step_count=40, report_multiple_bugs=False
 )
 TestPolicyMachine = PolicyMachine.TestCase

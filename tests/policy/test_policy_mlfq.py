@@ -35,8 +35,8 @@ class TestLadder:
 
     def test_rounding_does_not_push_a_job_down(self):
         """A first step of exactly a quantum fits, however it was added up."""
-        ladder = QuantumLadder(0.1, 3.0, 4)
-        assert ladder.join_level(0.1 + 0.1 + 0.1) == 1
+        assert 0.1 + 0.1 + 0.1 > 0.3
+        assert QuantumLadder(0.3, 2.0, 4).join_level(0.1 + 0.1 + 0.1) == 0
 
     @pytest.mark.parametrize("levels", [1, 2, 64])
     def test_the_last_level_takes_everything(self, levels):
@@ -134,6 +134,17 @@ class TestLevels:
             stage.step(batch_limit=1)
             stage.spend(2.0)
         assert max(job.level for job in stage.jobs.values()) == 2
+
+    def test_a_renewed_quantum_is_a_whole_one(self):
+        """Where the level below is closed, service before an interruption is not counted again."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 3), steady_levels=1, pressure_jobs=9)
+        job = running_job(policy)
+        charge(policy, job, 0.75)
+        policy.stop(job, now_s=0.0)
+        policy.start(job)
+        charge(policy, job, 0.5)
+        policy.pressure_jobs = -1
+        assert charge(policy, job, 0.5, 0.25, 0.25) == [0, 0, 1]
 
     def test_the_steady_levels_end_in_arrival_order(self):
         """From the lowest steady level down, jobs run in the order of their arrival."""

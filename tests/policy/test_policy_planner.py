@@ -135,7 +135,7 @@ class TestMemory:
         stage.add("a", prompt=16)
         loaded.handle.blocks, loaded.next_tokens = 5, 1
         stage.planner.unblock(loaded, now_s=0.0)
-        assert [stage.step() for _ in range(2)] == ["b", "a"]
+        assert [stage.step(batch_limit=1) for _ in range(2)] == ["b", "a"]
 
     def test_headroom_is_set_aside_once(self):
         """Two queued jobs need their blocks and one headroom, not two."""
@@ -250,6 +250,16 @@ class TestStates:
         stage.host.stalled.add(urgent(stage, "z"))
         assert stage.step(batch_limit=2, overlapping=True) == "a b"
         assert stage.plan.paused == ()
+
+    def test_the_displaced_return_in_their_order(self):
+        """Where one of two newcomers is not ready, the first of the displaced runs on."""
+        stage = Stage()
+        arrivals(stage, "ab")
+        stage.step(batch_limit=2)
+        urgent(stage, "y")
+        stage.host.stalled.add(urgent(stage, "z"))
+        assert stage.step(batch_limit=2, overlapping=True) == "y a"
+        assert names(stage.plan.paused) == "b"
 
     def test_only_jobs_with_kv_cache_run_while_draining(self):
         """Nothing starts while the host admits nothing; what started goes on."""

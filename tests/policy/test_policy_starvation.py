@@ -84,12 +84,17 @@ TestBoundedLoad = BoundedLoad.TestCase
 
 
 def test_two_prompts_finish_though_only_one_fits():
-    """Promotion does not take a prompt's KV cache again and again before its first token."""
+    """Promotion does not take a prompt's KV cache again and again before its first token.
+
+    The first step is predicted anew where a job gives up its KV cache.
+    """
     policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 8), starvation_limit_s=3.0)
     stage = Stage(policy, num_blocks=12)
     for name in "ab":
         stage.add(name, prompt=32, output=8).first_step_s = 8.0
     for _ in range(1000):
         stage.step(token_budget=4)
+        for job in stage.plan.recomputed:
+            job.first_step_s = job.next_tokens / 4
         stage.spend(1.0)
     assert sorted(stage.finished_at_s) == ["a", "b"], names(list(stage.planner.jobs))

@@ -27,12 +27,12 @@ def exact_s(machine, shape: StepShape) -> float:
     return step_s + computed_s + context_s * shape.context_tokens
 
 
-def shapes(seed: int, count: int) -> list[StepShape]:
-    """Steps of a mixed load: half of them with a prefill."""
+def shapes(seed: int, count: int, prefills: float = 0.5) -> list[StepShape]:
+    """Steps of a mixed load; a share of them prefills."""
     dice = random.Random(seed)
     return [
         StepShape(
-            prefill_tokens=dice.randint(1, 512) if dice.random() < 0.5 else 0,
+            prefill_tokens=dice.randint(1, 512) if dice.random() < prefills else 0,
             decodes=dice.randint(1, 16),
             context_tokens=dice.randint(0, 8000),
         )
@@ -65,18 +65,18 @@ class TestLearning:
 
     @MACHINES
     def test_noise_averages_out(self, machine):
-        """With steps 10 % up or down, predictions stay within 10 %, most within 5 %."""
+        """With steps up to 10 % off, predictions stay within 15 %, most within 8 %."""
         model, dice = StepTimeModel(), random.Random(5)
         for shape in shapes(1, 1000):
             model.observe(shape, exact_s(machine, shape) * dice.uniform(0.9, 1.1))
         off = sorted(errors(model, machine))
-        assert off[-1] < 0.10
-        assert off[len(off) // 2] < 0.05
+        assert off[-1] < 0.15
+        assert off[len(off) // 2] < 0.08
 
     @MACHINES
     @pytest.mark.parametrize("after", [100, 400, 2000])
     def test_one_slow_step_hardly_counts(self, machine, after):
-        """A step of 100 times the usual moves predictions by less than 5 % on average."""
+        """A step of 100 times the usual moves no prediction by 5 %."""
         model = learned(machine, after)
         probes = shapes(999, 200)
         before = [model.predict_s(shape) for shape in probes]
@@ -86,17 +86,25 @@ class TestLearning:
             abs(model.predict_s(shape) / was - 1) for shape, was in zip(probes, before, strict=True)
         ]
         assert model.outliers > 0
-        assert sum(moved) / len(moved) < 0.05
-        assert max(moved) < 0.10
+        assert max(moved) < 0.05
+
+    @MACHINES
+    def test_slower_prefills_are_learned(self, machine):
+        """Prefills that take twice as long are learned, though many decode steps lie between."""
+        model = learned(machine)
+        slower = (machine[0], 2 * machine[1], *machine[2:])
+        teach(model, slower, shapes(2, 200, prefills=0.1))
+        off = errors(model, slower)
+        assert sum(off) / len(off) < 0.05
 
     @MACHINES
     @pytest.mark.parametrize("speed", [0.5, 2.0])
     def test_a_lasting_change_of_speed_is_learned(self, machine, speed):
-        """100 steps at half or double speed bring predictions within 10 %, 5 % on average."""
+        """100 steps at half or double speed bring predictions within 15 %, 5 % on average."""
         model = learned(machine)
         teach(model, machine, shapes(2, 100), speed)
         off = errors(model, machine, speed)
-        assert max(off) < 0.10
+        assert max(off) < 0.15
         assert sum(off) / len(off) < 0.05
 
     def test_the_base_quantum_is_the_smallest_decode_step(self):

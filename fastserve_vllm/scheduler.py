@@ -200,7 +200,7 @@ class FastServeScheduler(AsyncScheduler):
         else:
             self.running.remove(request)
         super()._preempt_request(request, time.monotonic())
-        self._jobs[request.request_id].next_tokens = request.num_tokens
+        self._start_over(self._jobs[request.request_id])
 
     def _reconcile(self, plan: StepPlan, output: SchedulerOutput, now_s: float) -> None:
         """Follow what vLLM did where it could not follow the plan; track prefills."""
@@ -259,8 +259,16 @@ class FastServeScheduler(AsyncScheduler):
         cached = request.num_computed_tokens or self.demand.cached_tokens(request)
         uncached = max(request.num_tokens - cached, 1)
         job.prompt_tokens = request.num_prompt_tokens
-        job.first_step_s = self.step_time.prefill_s(uncached, self.max_num_scheduled_tokens)
+        job.first_step_s = self._prefill_s(uncached)
         job.next_tokens = uncached
+
+    def _start_over(self, job: Job) -> None:
+        """All tokens of a job that lost its KV cache have to be computed again."""
+        job.next_tokens = job.handle.num_tokens
+        job.first_step_s = self._prefill_s(job.next_tokens)
+
+    def _prefill_s(self, tokens: int) -> float:
+        return self.step_time.prefill_s(tokens, self.max_num_scheduled_tokens)
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
@@ -269,7 +277,7 @@ class FastServeScheduler(AsyncScheduler):
         super()._preempt_request(request, timestamp, drop_stale_output)
         job = self._jobs[request.request_id]
         self.planner.evict(job, self.clock())
-        job.next_tokens = request.num_tokens
+        self._start_over(job)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False

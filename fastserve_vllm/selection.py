@@ -17,7 +17,7 @@ _CONNECTOR_MODULE = "fastserve_vllm.kv_swap.connector"
 _CONNECTOR: dict[str, Any] = {
     "kv_connector": _CONNECTOR_NAME,
     "kv_connector_module_path": _CONNECTOR_MODULE,
-    "kv_role": "kv_both",
+    "kv_role": "kv_producer",
 }
 
 

@@ -110,7 +110,12 @@ class SkipJoinMlfq:
         return demoted
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
-        """Move every job that has waited for the starvation limit to level 0."""
+        """Move every job that has waited for the starvation limit to level 0.
+
+        Not so a job without KV cache whose first step takes half the limit or longer: on a device
+        too small for two such prompts, each would be promoted past the other while that one still
+        prefills, and take its memory, for ever. The finite ladder serves them in turn.
+        """
         if self.starvation_limit_s is None:
             return ()
         promoted: list[Job] = []
@@ -119,7 +124,10 @@ class SkipJoinMlfq:
             if now_s - job.waiting_since_s < self.starvation_limit_s:
                 break
             del self._waiting[job]
-            if job.level > 0:
+            endless = job.state is JobState.QUEUED and (
+                2 * job.first_step_s >= self.starvation_limit_s
+            )
+            if job.level > 0 and not endless:
                 self._move(job, 0)
                 self.promotions += 1
                 promoted.append(job)

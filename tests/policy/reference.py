@@ -83,13 +83,14 @@ class NaiveMlfq:
         limit_s, allowed = self.policy.starvation_limit_s, self.policy.max_promotions
         starved = [
             record
-            for record in sorted(self.records.values(), key=attrgetter("wait_number"))
+            for job, record in self.records.items()
             if not record.running
             and record.level > 0
             and limit_s is not None
             and now_s - record.waiting_since_s >= limit_s
+            and (job.state is not JobState.QUEUED or 2 * job.first_step_s < limit_s)
         ]
-        for record in starved[:allowed]:
+        for record in sorted(starved, key=attrgetter("wait_number"))[:allowed]:
             self._enter(record, 0)
             self.promotions += 1
 

@@ -17,6 +17,8 @@ _CONNECTOR_MODULE = "fastserve_vllm.kv_swap.connector"
 _CONNECTOR: dict[str, Any] = {
     "kv_connector": _CONNECTOR_NAME,
     "kv_connector_module_path": _CONNECTOR_MODULE,
+    # Not "kv_both": a consumer makes vLLM keep freed blocks back for a step, and accept embeddings
+    # from clients of multimodal models. FastServe's connector moves no KV and needs neither.
     "kv_role": "kv_producer",
 }
 

@@ -36,9 +36,9 @@ class FastServeStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """Totals for vLLM's periodic log line."""
+        """Totals for vLLM's periodic log line, to the microsecond."""
         return {
-            name: sum(value.values()) if isinstance(value, dict) else value
+            name: round(sum(value.values()) if isinstance(value, dict) else value, 6)
             for name, value in self.data.items()
         }
 

@@ -6,6 +6,7 @@ import json
 
 import openai
 import pytest
+import vllm
 
 from fastserve_vllm.metrics import CATALOGUE, Kind
 
@@ -25,9 +26,19 @@ def greedy(server, prompt, max_tokens, **extra):
     }
 
 
+def live_jobs(metrics):
+    """Live requests by state."""
+    return {
+        labels[0]: value
+        for (name, *labels), value in metrics.items()
+        if name == "vllm:fastserve_jobs"
+    }
+
+
 @pytest.mark.host_versions
 async def test_concurrent_greedy_requests_equal_stock(server, async_client, requests, stock_tokens):
     """Six times as many requests as batch places; every one gets stock vLLM's tokens."""
+    assert json.loads(server.get("/version"))["version"] == vllm.__version__
     completions = await asyncio.gather(
         *(
             async_client.completions.create(**greedy(server, prompt, tokens))
@@ -125,6 +136,7 @@ async def test_disconnect_frees_the_request(server, async_client):
     for stream in streams:
         await stream.close()
     server.wait_for(RUNNING, WAITING)
+    assert live_jobs(server.metrics()) == {"blocked": 0, "queued": 0, "running": 0, "paused": 0}
 
 
 def test_too_long_prompt_is_rejected(server, client):
@@ -157,8 +169,7 @@ async def test_metrics_add_up(server, async_client):
     assert grown("steps") >= 160, "16 requests of 40 tokens in 4 places"
     assert 0 < grown("scheduler_seconds") < grown("step_seconds")
     assert grown("predicted_step_seconds") > 0
-    jobs = {labels[0]: v for (name, *labels), v in after.items() if name == "vllm:fastserve_jobs"}
-    assert jobs == {"blocked": 0, "queued": 0, "running": 0, "paused": 0}
+    assert live_jobs(after) == {"blocked": 0, "queued": 0, "running": 0, "paused": 0}
     levels = [v for (name, *_), v in after.items() if name == "vllm:fastserve_level_jobs"]
     assert levels == [0] * 10
     assert after[("vllm:fastserve_base_quantum_seconds",)] == pytest.approx(0.002)

@@ -33,6 +33,13 @@ def test_scheduler_flag_selects_fastserve(engine_args, command):
     assert config_of(args) == FastServeConfig()
 
 
+def test_connector_is_no_consumer(engine_args):
+    """A consumer would make vLLM hold freed blocks back and accept clients' embeddings."""
+    transfer = engine_args("--scheduler", "fastserve").kv_transfer_config
+    assert transfer.is_kv_transfer_instance
+    assert not transfer.is_kv_consumer
+
+
 @pytest.mark.parametrize(
     "flags",
     [

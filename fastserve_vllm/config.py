@@ -54,7 +54,8 @@ class FastServeConfig:
     that runs can be reproduced."""
 
     save_step_time_profile: str | None = None
-    """Path to which the learned step-time profile is written when the engine shuts down."""
+    """Path to which the learned step-time profile is written whenever the engine runs dry, at most
+    every 5 seconds, and when it shuts down."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any] | None) -> "FastServeConfig":

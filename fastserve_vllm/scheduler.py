@@ -35,6 +35,7 @@ logger = init_logger(__name__)
 # A new smallest decode step moves the ladder only when it differs by this much: re-basing costs a
 # pass over the batch, and measured minima creep. The first one may well be longer than the prior.
 _REBASE_TOLERANCE = 0.05
+_PROFILE_PERIOD_S = 5.0
 
 
 class FastServeScheduler(AsyncScheduler):
@@ -81,6 +82,7 @@ class FastServeScheduler(AsyncScheduler):
         self._scheduled_at: deque[float] = deque()
         self._last_output_s = 0.0
         self._uncharged_s = 0.0
+        self._profile_saved_s = float("-inf")
         self.reporter = Reporter(self.planner, self.step_time)
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", self.describe())
@@ -131,7 +133,11 @@ class FastServeScheduler(AsyncScheduler):
             self._measure(scheduler_output)
         else:
             self._scheduled_at.popleft()
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        # A server is often killed before it shuts its scheduler down, so an idle one saves, too.
+        if not len(self.planner) and self.clock() - self._profile_saved_s > _PROFILE_PERIOD_S:
+            self._save_profile()
+        return outputs
 
     def _measure(self, output: SchedulerOutput) -> None:
         """Seconds that a step took alone: from its start, or from the end of the one before."""
@@ -329,11 +335,15 @@ class FastServeScheduler(AsyncScheduler):
             self.running = [r for r in self.running if r in batch]
 
     def shutdown(self) -> None:
-        """As vLLM's; saves the step-time profile where that was asked for."""
+        """As vLLM's; saves the step-time profile once more."""
+        self._save_profile()
+        super().shutdown()
+
+    def _save_profile(self) -> None:
         path = self.fastserve_config.save_step_time_profile
         if path is not None and self.step_time.min_decode_step_s is not None:
             save_profile(self.step_time, path)
-        super().shutdown()
+            self._profile_saved_s = self.clock()
 
     def check_integrity(self) -> None:
         """Invariant I1 across vLLM's containers and the planner's. For tests and debugging.

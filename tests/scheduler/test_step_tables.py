@@ -9,6 +9,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from fastserve_vllm.policy.job import JobState
+from fastserve_vllm.policy.step_time import load_profile
 
 pytestmark = pytest.mark.host_versions
 
@@ -341,3 +342,22 @@ def test_fcfs_schedules_what_stock_vllm_schedules(make_engine, chunk):
         return table
 
     assert run(stock=True) == run(fastserve={"policy": "fcfs"})
+
+
+def test_profile_is_saved_when_the_engine_runs_dry(make_engine, tmp_path):
+    """The learned step times are written without waiting for a shutdown, and can pin a run."""
+    path = tmp_path / "learned.json"
+    learning = {"step_time_profile": None, "save_step_time_profile": str(path)}
+    engine = make_engine(fastserve=learning)
+    engine.add("a", 10, 5)
+    engine.drain()
+    assert load_profile(str(path)).min_decode_step_s == pytest.approx(0.001)
+
+
+def test_prior_base_quantum_gives_way_to_the_first_decode_step(make_engine):
+    """On a machine slower than the prior assumes, quanta grow with the first decode step seen."""
+    engine = make_engine(fastserve={"step_time_profile": None})
+    engine.step_s = lambda _: 0.08
+    engine.add("a", 10, 5)
+    steps(engine, 4)
+    assert engine.scheduler.planner.policy.ladder.base_s == pytest.approx(0.08)

@@ -8,8 +8,10 @@ from fastserve_vllm.policy.quantum import QuantumLadder
 # Batches of waiting jobs beyond which the levels below the steady ones open. Simulated on
 # ShareGPT lengths, batch 16: 1 opens them at load 1.0 already, 2 opens them too late at 1.2.
 _PRESSURE_BATCHES = 1.5
-# One promotion a step for this many batch places: starvation prevention may not cost more swaps.
+# Promotions: one for so many batch places, in one step of so many. Starvation prevention may cost
+# no more swaps than that: each promotion is followed by half a dozen demotions and some swaps.
 _PLACES_A_PROMOTION = 64
+_PROMOTION_INTERVAL = 4
 
 
 def make_ladder(config: FastServeConfig, base_s: float) -> QuantumLadder:
@@ -36,4 +38,5 @@ def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Pol
         steady_levels=config.steady_levels,
         pressure_jobs=int(_PRESSURE_BATCHES * batch_limit),
         max_promotions=max(batch_limit // _PLACES_A_PROMOTION, 1),
+        promotion_interval=_PROMOTION_INTERVAL,
     )

@@ -28,6 +28,7 @@ class SkipJoinMlfq:
         pressure_jobs: waiting jobs beyond which the levels below open.
         max_promotions: most promotions at a time, longest wait first; None: no limit. When more
             jobs starve than can be served, promoting them all only swaps the batch over and over.
+        promotion_interval: steps from one round of promotions to the next.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class SkipJoinMlfq:
         steady_levels: int | None = None,
         pressure_jobs: int = 0,
         max_promotions: int | None = None,
+        promotion_interval: int = 1,
     ) -> None:
         self.ladder = ladder
         self.skip_join = skip_join
         self.starvation_limit_s = starvation_limit_s
         self.pressure_jobs = pressure_jobs
         self.max_promotions = max_promotions
+        self.promotion_interval = promotion_interval
         # From here down, levels are kept in arrival order.
         self.arrival_level = min(steady_levels or ladder.num_levels, ladder.num_levels) - 1
         self.demotions = 0
@@ -52,6 +55,7 @@ class SkipJoinMlfq:
         self.skip_joins = 0
         self.level_sizes = [0] * ladder.num_levels
         self._service_s = 0.0
+        self._rounds = 0
         self._num_jobs = 0
         self._num_running = 0
         self._expiries: list[tuple[float, int, Job]] = []
@@ -116,7 +120,8 @@ class SkipJoinMlfq:
         too small for two such prompts, each would be promoted past the other while that one still
         prefills, and take its memory, for ever. The finite ladder serves them in turn.
         """
-        if self.starvation_limit_s is None:
+        self._rounds += 1
+        if self.starvation_limit_s is None or self._rounds % self.promotion_interval:
             return ()
         promoted: list[Job] = []
         while self._waiting and len(promoted) != self.max_promotions:

@@ -1,26 +1,23 @@
-"""What the command lines of the benchmarks share: arguments, workload and printed report."""
+"""The command line of `benchmarks.run`, and the experiment that it describes."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import EngineShape, ample_kv_blocks
-from benchmarks.manifest import fingerprint, manifest, write_json
-from benchmarks.metrics import Figures
+from benchmarks.engine import EngineShape
+from benchmarks.manifest import fingerprint
 from benchmarks.model import model_folder
-from benchmarks.report import (
-    SLOWDOWN_COLUMNS,
-    RunResult,
-    markdown_table,
-    output_check,
-    summary,
-    sustained_rates,
-)
-from benchmarks.systems import BASELINE
+from benchmarks.plan import ClockName
+from benchmarks.processes import in_fresh_process, platform_is_cuda_alike
+from benchmarks.regimes import REGIMES, ample_kv_blocks, kv_demand, short_kv_blocks
+from benchmarks.systems import BASELINE, SYSTEMS, System, check_runnable, system_named
+from benchmarks.virtual_copies import COPY_RATIO
 from benchmarks.workload import (
     Request,
     TraceRow,
@@ -34,98 +31,204 @@ from benchmarks.workload import (
 )
 
 
-def workload_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that both virtual and wall-clock benchmarks take."""
-    parser.add_argument("--trace", type=Path, required=True, help="CSV of request lengths")
-    parser.add_argument("--model", type=Path, help="model folder (default: a seeded tiny model)")
-    parser.add_argument("--requests", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=16, help="batch limit of the engine")
-    parser.add_argument("--kv-blocks", type=int, help="KV blocks (default: enough for everything)")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block")
-    parser.add_argument("--systems", nargs="+", default=[BASELINE, "fastserve"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--cv", type=float, default=1.0, help="variation of the arrival gaps; 1 is Poisson"
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; a regime fills in what is not given."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.http and args.clock == "virtual":
+        parser.error("--http runs on the wall's clock")
+    if args.jobs > 1 and (args.http or args.clock == "wall"):
+        parser.error("--jobs: points on the wall's clock run one at a time")
+    if args.all_at_once and args.loads:
+        parser.error("--all-at-once and --loads exclude each other")
+    args.clock = "wall" if args.http else args.clock or "virtual"
+    regime = REGIMES[args.regime]
+    args.batch = args.batch or regime.batch
+    args.loads = [None] if args.all_at_once else args.loads or list(regime.loads)
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Measure systems over loads and seeds; one JSON file a point.",
+        epilog="systems: " + "; ".join(f"{s.name}: {s.what}" for s in SYSTEMS.values()),
     )
-    parser.add_argument(
+    _add_what(parser)
+    _add_how(parser)
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("--systems", nargs="+", default=[BASELINE, "fastserve"], metavar="NAME")
+    group.add_argument("--trace", type=Path, required=True, help="CSV of request lengths")
+    group.add_argument(
+        "--regime",
+        choices=REGIMES,
+        default="slots",
+        help="defaults of batch, loads and KV blocks: "
+        + "; ".join(f"{name}: {regime.what}" for name, regime in REGIMES.items()),
+    )
+    group.add_argument("--loads", type=_positive, nargs="+", help="arrival rates over capacity")
+    group.add_argument(
+        "--all-at-once", action="store_true", help="all requests present at the start"
+    )
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    group.add_argument("--requests", type=_count, default=400)
+    group.add_argument("--batch", type=_count, help="batch limit of the engine")
+    group.add_argument("--kv-blocks", type=_count, help="KV blocks of the engine")
+    group.add_argument("--block-size", type=_count, default=32, help="tokens per KV block")
+    group.add_argument(
+        "--cv", type=_positive, default=1.0, help="variation of the arrival gaps; 1 is Poisson"
+    )
+    group.add_argument(
         "--trace-arrivals", action="store_true", help="the trace's own arrivals, scaled to the load"
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-
-
-def with_baseline(names: Sequence[str]) -> list[str]:
-    """The systems to run: the baseline first and always, each once."""
-    return list(dict.fromkeys([BASELINE, *names]))
-
-
-def sampled_workloads(
-    trace: Path, count: int, seeds: Sequence[int], own_arrivals: bool
-) -> dict[int, list[Request]]:
-    """One filtered sample of a trace per seed, with the trace's own arrivals or all at 0."""
-    rows: list[TraceRow] = paper_filter(load_trace(trace))
-    sample = sample_window if own_arrivals else sample_requests
-    return {seed: sample(rows, count, seed) for seed in seeds}
-
-
-def arriving_at(
-    requests: Sequence[Request], rate_rps: float, seed: int, args: argparse.Namespace
-) -> list[Request]:
-    """Let a sample arrive at a rate, as the command line says."""
-    if args.trace_arrivals:
-        return scaled_to_rate(requests, rate_rps)
-    return with_arrivals(requests, gamma_arrivals_s(len(requests), rate_rps, args.cv, seed))
-
-
-def engine_shape(args: argparse.Namespace, workloads: dict[int, list[Request]]) -> EngineShape:
-    """The engine's size, the same for every seed and system."""
-    shape = EngineShape(model_folder(args.model), args.batch, 1 << 16, args.block_size)
-    ample = max(
-        ample_kv_blocks(requests, shape.block_size, shape.max_model_len)
-        for requests in workloads.values()
+    group.add_argument("--model", type=Path, help="model folder (default: a seeded tiny model)")
+    group.add_argument(
+        "--fastserve-config", type=_json_object, default={}, help="for FastServe systems, JSON"
     )
-    blocks = args.kv_blocks if args.kv_blocks is not None else ample
-    return EngineShape(shape.model, shape.batch, blocks, shape.block_size)
+    group.add_argument(
+        "--engine-args", type=_json_object, default={}, help="further engine arguments, JSON"
+    )
 
 
-def configuration(args: argparse.Namespace, shape: EngineShape, clock: str) -> dict[str, Any]:
-    """Everything that decides the numbers, for the manifest."""
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it is measured")
+    group.add_argument("--clock", choices=("virtual", "wall"), help="default: virtual")
+    group.add_argument("--http", action="store_true", help="vllm serve and vllm bench serve")
+    group.add_argument(
+        "--copy-ratio",
+        type=_positive,
+        default=COPY_RATIO,
+        help="virtual clock: seconds of copying a token's KV over those of prefilling it",
+    )
+    group.add_argument("--jobs", type=_count, default=1, help="virtual points at the same time")
+    group.add_argument("--out", type=Path, required=True, help="folder of the points")
+    group.add_argument(
+        "--overwrite", action="store_true", help="measure again what is there already"
+    )
+    group.add_argument("--logs", type=Path, help="--http: folder for datasets and server logs")
+    group.add_argument(
+        "--check-tokens", action="store_true", help="exit 1 if systems generate different tokens"
+    )
+
+
+def _positive(text: str) -> float:
+    value = _number(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
+    return int(text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is expected, got {text}")
+    return value
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that its points share.
+
+    Attributes:
+        systems: those that are asked for, in order.
+        workloads: by seed; requests arrive at 0, or as in the trace.
+        config: what decides the numbers, as it is written with every point.
+    """
+
+    args: argparse.Namespace
+    clock: ClockName
+    systems: tuple[System, ...]
+    shape: EngineShape
+    workloads: dict[int, list[Request]]
+    config: dict[str, Any]
+
+    def arriving(self, seed: int, rate_rps: float) -> tuple[Request, ...]:
+        """A seed's requests at a rate."""
+        requests = self.workloads[seed]
+        if self.args.trace_arrivals:
+            return tuple(scaled_to_rate(requests, rate_rps))
+        arrivals_s = gamma_arrivals_s(len(requests), rate_rps, self.args.cv, seed)
+        return tuple(with_arrivals(requests, arrivals_s))
+
+
+def experiment_of(args: argparse.Namespace) -> Experiment:
+    """Read the trace, size the engine, and check that every system can run.
+
+    Raises InputError for what cannot be measured.
+    """
+    systems = _systems(args)
+    rows = paper_filter(load_trace(args.trace))
+    sample = sample_window if args.trace_arrivals else sample_requests
+    workloads = {seed: sample(rows, args.requests, seed) for seed in args.seeds}
+    shape = _shape(args, rows, workloads)
+    demand = kv_demand(rows, shape.batch, shape.block_size)
+    config = _config(args, shape, demand)
+    return Experiment(args, args.clock, systems, shape, workloads, config)
+
+
+def _systems(args: argparse.Namespace) -> tuple[System, ...]:
+    names = dict.fromkeys(args.systems)
+    systems = tuple(system_named(name).configured(args.fastserve_config) for name in names)
+    for system in systems:
+        check_runnable(
+            system,
+            http=args.http,
+            is_cuda_alike=lambda: in_fresh_process(platform_is_cuda_alike, None),
+        )
+    return systems
+
+
+def _shape(
+    args: argparse.Namespace, rows: Sequence[TraceRow], workloads: dict[int, list[Request]]
+) -> EngineShape:
+    share, block_size, max_len = REGIMES[args.regime].kv_share, args.block_size, 2048
+    if args.kv_blocks is not None:
+        blocks = args.kv_blocks
+    elif share is not None:
+        demand = kv_demand(rows, args.batch, block_size)
+        blocks = short_kv_blocks(share, demand, block_size, max_len)
+    else:
+        blocks = ample_kv_blocks(rows, workloads.values(), block_size, max_len)
+    return EngineShape(
+        model_folder(args.model), args.batch, blocks, block_size, max_len, further=args.engine_args
+    )
+
+
+def _config(args: argparse.Namespace, shape: EngineShape, demand: int) -> dict[str, Any]:
     model = json.loads((shape.model / "config.json").read_text(encoding="utf-8"))
-    skipped = {"trace", "model", "output", "logs"}
+    weights = shape.model / "model.safetensors"
     return {
-        "clock": clock,
+        "clock": args.clock,
+        "http": args.http,
+        "regime": args.regime,
         "trace": fingerprint(args.trace),
-        "arguments": {key: value for key, value in vars(args).items() if key not in skipped},
+        "requests": args.requests,
+        "arrivals": "trace" if args.trace_arrivals else {"gamma_cv": args.cv},
         "engine": shape.arguments(),
+        "kv_demand_blocks": demand,
+        "kv_blocks_over_demand": shape.kv_blocks / demand,
+        "fastserve_config": args.fastserve_config,
+        "copy_ratio": args.copy_ratio if args.clock == "virtual" else None,
         "model": model,
-        "model_weights": fingerprint(shape.model / "model.safetensors"),
+        "model_weights": fingerprint(weights) if weights.is_file() else None,
     }
-
-
-def result_document(
-    runs: Sequence[RunResult], config: dict[str, Any], extra: Figures
-) -> dict[str, Any]:
-    """The whole result as it is written."""
-    return {
-        "manifest": manifest(config),
-        **extra,
-        "output_check": output_check(runs),
-        "summary": summary(runs),
-        "runs": [run.document() for run in runs],
-    }
-
-
-def headline(runs: Sequence[RunResult], target_ms: float) -> dict[str, Any]:
-    """Rate sustained at the normalized-latency target, by system."""
-    return {"target_normalized_ms": target_ms, "systems": sustained_rates(runs, target_ms)}
-
-
-def finish(document: dict[str, Any], runs: Sequence[RunResult], output: Path | None) -> int:
-    """Print the table, write the JSON, and return the exit status: 1 if outputs differ."""
-    print(markdown_table(runs))
-    print(f"\n{markdown_table(runs, SLOWDOWN_COLUMNS)}")
-    check = document["output_check"]
-    verdict = "identical" if check["identical"] else f"DIFFERENT: {check['differing'][:10]}"
-    print(f"\noutputs of {check['requests']} requests in {check['runs']} runs: {verdict}")
-    if output is not None:
-        write_json(output, document)
-    return 0 if check["identical"] else 1

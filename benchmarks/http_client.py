@@ -15,6 +15,12 @@ from benchmarks.http_server import SERVED_NAME, Server, environment, vllm_comman
 from benchmarks.records import RequestRecord, digest_of_text
 from benchmarks.workload import Request
 
+# What the client reports request by request, the pilot first.
+_BY_REQUEST = (
+    *("errors", "input_lens", "output_lens"),
+    *("start_times", "ttfts", "itls", "generated_texts"),
+)
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -25,23 +31,28 @@ class Sent:
 
 
 def bench_serve(
-    server: Server, dataset: Path, requests: Sequence[Request], max_concurrency: int | None = None
+    server: Server,
+    dataset: Path,
+    requests: Sequence[Request],
+    *,
+    connections: int,
+    one_by_one: bool = False,
 ) -> Sent:
     """Send a dataset written from `requests` and return what came back, in the same order.
 
     Latencies count from when a request was due, so that a client that is late, as on a busy
     machine, does not hide what its users would feel; `late_s` of the result says how late it was.
-    With `max_concurrency` a request waits for one to finish; latencies then count from when it
-    was sent.
+    Before anything counts, the client opens its first `connections` with warm-up requests. With
+    `one_by_one` a request waits for the one before; latencies then count from when it was sent.
 
     Raises RuntimeError when the client fails, or when any request failed or came back with other
     token counts than the workload's.
     """
     result = dataset.with_suffix(".result.json")
     command = [vllm_command(), "bench", "serve", *dataset_flags(dataset, len(requests))]
-    command += _flags(server, result)
-    if max_concurrency is not None:
-        command += ["--max-concurrency", str(max_concurrency)]
+    command += [*_flags(server, result), "--num-warmups", str(connections)]
+    if one_by_one:
+        command += ["--max-concurrency", "1"]
     done = subprocess.run(
         command,
         env=environment() | CLIENT_ENVIRONMENT,
@@ -53,7 +64,7 @@ def bench_serve(
     if done.returncode:
         raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-4000:]}")
     detailed = json.loads(result.read_text(encoding="utf-8"))
-    return sent_of(detailed, requests, from_due=max_concurrency is None)
+    return sent_of(detailed, requests, from_due=not one_by_one)
 
 
 def _flags(server: Server, result: Path) -> list[str]:
@@ -70,8 +81,10 @@ def _flags(server: Server, result: Path) -> list[str]:
 def sent_of(result: dict[str, Any], requests: Sequence[Request], from_due: bool) -> Sent:
     """Turn a detailed result into records, checking it against the workload.
 
-    `from_due` counts latencies from when requests were due instead of when they were sent.
+    The pilot, which comes first, is left out. `from_due` counts latencies from when requests were
+    due instead of when they were sent.
     """
+    result = {key: value[1:] if key in _BY_REQUEST else value for key, value in result.items()}
     if any(result["errors"]) or result["failed"]:
         first = next((error for error in result["errors"] if error), "unknown")
         raise RuntimeError(f"{result['failed']} requests failed, the first with: {first}")

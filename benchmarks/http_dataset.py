@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.workload import Request
@@ -19,9 +20,16 @@ CHUNK_TOKENS = 1 << 20
 CLIENT_ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 
 
+# The client warms its connections up with copies of the first request. So that no measured request
+# finds its prompt in the prefix cache, a pilot comes first, and is over when the others begin.
+PILOT = Request("pilot", 0.0, 16, 32)
+PILOT_SECONDS = 1.0
+
+
 def write_dataset(path: Path, requests: Sequence[Request], prompts: str) -> None:
-    """Write requests as JSON lines, in order. Another `prompts` name gives other prompts."""
-    rows = [_row(request, prompts) for request in requests]
+    """Write the pilot and the requests as JSON lines; each `prompts` name has its own prompts."""
+    delayed = [replace(r, arrival_s=r.arrival_s + PILOT_SECONDS) for r in requests]
+    rows = [_row(request, prompts) for request in (PILOT, *delayed)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
@@ -35,8 +43,8 @@ def _row(request: Request, prompts: str) -> dict[str, object]:
 
 
 def dataset_flags(path: Path, count: int) -> list[str]:
-    """Flags of `vllm bench serve` that send such a dataset at its own times."""
+    """Flags of `vllm bench serve` that send a dataset of `count` requests at its own times."""
     return [
         *("--dataset-name", "timed_trace", "--dataset-path", str(path), "--self-timed"),
-        *("--num-prompts", str(count), "--timed-trace-chunk-hash-size", str(CHUNK_TOKENS)),
+        *("--num-prompts", str(1 + count), "--timed-trace-chunk-hash-size", str(CHUNK_TOKENS)),
     ]

@@ -1,9 +1,8 @@
-"""A `vllm serve` process of our own: started, waited for, warmed up and stopped."""
+"""A `vllm serve` process of our own: started, waited for and stopped."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,14 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from benchmarks.engine import SMALL_MACHINE_ENVIRONMENT, EngineShape
-from benchmarks.systems import System
+from benchmarks.systems import System, flags_of
 
 SERVED_NAME = "benchmark"
 # The client keeps idle connections for a minute; a server that closes them earlier now and then
@@ -32,10 +30,11 @@ _STOP_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers."""
+    """A server that answers; its processes are those of a session of their own."""
 
     base_url: str
     model: Path
+    session: int
 
 
 def vllm_command() -> str:
@@ -51,59 +50,25 @@ def environment() -> dict[str, str]:
     return os.environ | SMALL_MACHINE_ENVIRONMENT
 
 
-def serve_flags(shape: EngineShape) -> list[str]:
-    """The engine's size as flags of `vllm serve`."""
-    flags = []
-    for name, value in shape.arguments().items():
-        flag = f"--{name.replace('_', '-')}"
-        flags += [flag] if value is True else [flag, str(value)]
-    return flags
-
-
 @contextmanager
 def serving(shape: EngineShape, system: System, log: Path) -> Iterator[Server]:
     """Run a server for the length of the block; its output goes to `log`.
 
     Raises ValueError for a system without a command line, RuntimeError if the server dies.
     """
-    if system.serve_arguments is None:
-        raise ValueError(f"{system.name} cannot be served over HTTP")
     port = _free_port()
     command = [vllm_command(), "serve", str(shape.model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--served-model-name", SERVED_NAME]
-    command += ["--disable-uvicorn-access-log", *serve_flags(shape), *system.serve_arguments]
+    command += ["--disable-uvicorn-access-log", *flags_of(shape.arguments())]
+    command += system.serve_arguments()
     with log.open("w", encoding="utf-8") as output:
         process = _start(command, output)
         try:
-            server = Server(f"http://127.0.0.1:{port}", shape.model)
+            server = Server(f"http://127.0.0.1:{port}", shape.model, process.pid)
             _wait_until_ready(process, server, log)
             yield server
         finally:
             _stop(process)
-
-
-def warm_up(server: Server, requests: int, output_tokens: int = 32) -> None:
-    """Send short requests, all at once, so that no measured one meets a cold server."""
-    prompts = [f"warm up number {number}" for number in range(requests)]
-    with ThreadPoolExecutor(max_workers=requests) as pool:
-        list(pool.map(lambda prompt: _complete(server, prompt, output_tokens), prompts))
-
-
-def _complete(server: Server, prompt: str, output_tokens: int) -> None:
-    body: dict[str, Any] = {
-        "model": SERVED_NAME,
-        "prompt": prompt,
-        "max_tokens": output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-    }
-    request = urllib.request.Request(
-        f"{server.base_url}/v1/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        response.read()
 
 
 def _start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[str]:

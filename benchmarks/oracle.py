@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.virtual_clock import alone_seconds
-from benchmarks.virtual_fastserve import FastServeVirtual
+from benchmarks.alone import VIRTUAL
 from fastserve_vllm.policy.base import StaticPolicy
 from fastserve_vllm.policy.job import Job
 
@@ -27,7 +26,7 @@ class SrptOracle(StaticPolicy):
         request = job.handle
         left = request.max_tokens - request.num_output_tokens
         prompt_left = max(request.num_prompt_tokens - request.num_computed_tokens, 0)
-        return (job.priority, alone_seconds(prompt_left, left), job.arrival)
+        return (job.priority, VIRTUAL(prompt_left, left), job.arrival)
 
     def start(self, job: Job) -> None:
         """Its remaining work shrinks from now on."""
@@ -49,9 +48,9 @@ class SrptOracle(StaticPolicy):
         return tuple(self._running)
 
 
-class OracleVirtual(FastServeVirtual):
-    """FastServe's scheduler under the oracle, in virtual time."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.planner.policy = SrptOracle()
+def install(scheduler: Any) -> None:
+    """Give a FastServe scheduler that has no requests yet the oracle for its policy."""
+    planner = scheduler.planner
+    planner.policy = SrptOracle()
+    if getattr(planner, "ahead", None) is not None:
+        planner.ahead.policy = planner.policy

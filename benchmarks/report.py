@@ -1,4 +1,4 @@
-"""From runs to a summary: medians over seeds, ratios to the baseline, and their spread."""
+"""From measured points to tables: medians over seeds, ratios to a baseline, and their spread."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
+from benchmarks.alone import Alone
 from benchmarks.metrics import BUCKETS, Figures, sustained_rate
-from benchmarks.systems import BASELINE
+from benchmarks.systems import BASELINE, SYSTEMS
 
 Columns: TypeAlias = tuple[tuple[str, str], ...]
 
-# Title and path of a figure, for the printed tables and the summary.
-COLUMNS: Columns = (
+# Title and path of a figure.
+LATENCY_COLUMNS: Columns = (
     ("TTFT mean ms", "ttft_ms.mean"),
     ("TTFT P95 ms", "ttft_ms.p95"),
     ("normalized mean ms", "normalized_ms.mean"),
@@ -27,29 +28,49 @@ COLUMNS: Columns = (
 SLOWDOWN_COLUMNS: Columns = tuple(
     (f"slowdown at {name} tokens", f"slowdown.{name}.mean") for name, _, _ in BUCKETS
 )
+COST_COLUMNS: Columns = (
+    ("paused", "preemptions.paused"),
+    ("recomputed", "preemptions.recomputed"),
+    ("by vLLM", "preemptions.by_vllm"),
+    ("tokens recomputed", "tokens_recomputed"),
+    ("out ahead", "swaps.outs_ahead"),
+    ("out urgent", "swaps.outs_urgent"),
+    ("in ahead", "swaps.ins_ahead"),
+    ("in urgent", "swaps.ins_urgent"),
+    ("MiB out", "swaps.mib_out"),
+    ("MiB in", "swaps.mib_in"),
+    ("copied of first outs", "swaps.first_out_copied"),
+    ("of later outs", "swaps.again_out_copied"),
+    ("copy wait / step time", "swaps.copy_wait_share"),
+    ("scheduler ms/step", "wall.scheduler_step_ms"),
+    ("step mean ms", "step_ms.mean"),
+    ("CPU ms/step", "wall.cpu_step_ms"),
+    ("waited for a core", "wall.run_delay_share"),
+    ("machine short of cores", "wall.cpu_pressure_share"),
+    ("client late max ms", "wall.client_late_max_ms"),
+)
+TABLES: tuple[Columns, ...] = (LATENCY_COLUMNS, SLOWDOWN_COLUMNS, COST_COLUMNS)
+# The latency target, in decode steps of an idle engine: 0.3 s a token on the paper's hardware.
+TARGET_STEPS = 10
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One system at one load and one seed."""
+    """One system at one load and one seed; a load of None means all present at the start."""
 
     system: str
-    load: float
+    load: float | None
     seed: int
-    rate_rps: float
+    rate_rps: float | None
     figures: Figures
     # Digest of the whole run's output, and of each request's.
     output_digest: str
     request_digests: Mapping[str, str] = field(repr=False)
     counters: Mapping[str, Any] = field(default_factory=dict)
-    # Everything that depends on the machine's speed, kept apart in virtual runs.
+    # What depends on the machine's speed, kept apart for runs on the virtual clock.
     wall: Mapping[str, float] = field(default_factory=dict)
-
-    def document(self) -> dict[str, Any]:
-        """The run as it is written, without the digests of single requests."""
-        document = asdict(self)
-        del document["request_digests"]
-        return document
+    # A request alone on this engine, where that was measured.
+    alone: Alone | None = None
 
 
 @dataclass(frozen=True)
@@ -64,18 +85,20 @@ class Ratio:
     ratio_high: float | None
 
 
-def value_of(figures: Figures, path: str) -> float | None:
-    """Read one number by its dotted path; None where the run has no such thing."""
-    value: Any = figures
+def value_of(run: RunResult, path: str) -> float | None:
+    """Read one number of a point by its dotted path; None where the point has no such thing."""
+    value: Any = {**run.figures, "wall": run.wall, "counters": run.counters}
     for key in path.split("."):
         value = value.get(key) if value is not None else None
     return None if value is None else float(value)
 
 
-def compare(runs: Sequence[RunResult], system: str, load: float, path: str) -> Ratio | None:
+def compare(
+    runs: Sequence[RunResult], system: str, load: float | None, path: str, baseline: str = BASELINE
+) -> Ratio | None:
     """Compare a system with the baseline at a load, seed by seed; None without the figure."""
     own = _by_seed(runs, system, load, path)
-    base = _by_seed(runs, BASELINE, load, path)
+    base = _by_seed(runs, baseline, load, path)
     if not own:
         return None
     ratios = [own[seed] / base[seed] for seed in own if base.get(seed)]
@@ -83,25 +106,34 @@ def compare(runs: Sequence[RunResult], system: str, load: float, path: str) -> R
     return Ratio(*_median_low_high(list(own.values())), *spread)
 
 
-def summary(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[RunResult], baseline: str = BASELINE) -> list[dict[str, Any]]:
     """One row per load and system: each figure's median over seeds and ratio to the baseline."""
     rows = []
     for load, system in _points(runs):
         row: dict[str, Any] = {"load": load, "system": system}
-        for _, path in COLUMNS + SLOWDOWN_COLUMNS:
-            ratio = compare(runs, system, load, path)
+        for _, path in (column for columns in TABLES for column in columns):
+            ratio = compare(runs, system, load, path, baseline)
             row[path] = asdict(ratio) if ratio else None
         rows.append(row)
     return rows
 
 
-def markdown_table(runs: Sequence[RunResult], columns: Columns = COLUMNS) -> str:
-    """A Markdown table; a cell is `median (ratio, lowest-highest ratio)`."""
+def markdown_table(
+    runs: Sequence[RunResult], columns: Columns = LATENCY_COLUMNS, baseline: str = BASELINE
+) -> str:
+    """A Markdown table; a cell is `median (ratio, lowest-highest ratio)`.
+
+    Figures that no point has get no column; without any column there is no table.
+    """
+    columns = tuple(c for c in columns if any(value_of(run, c[1]) is not None for run in runs))
+    if not columns:
+        return ""
     titles = ["load", "system", *(title for title, _ in columns)]
     lines = [_line(titles), _line(["---"] * len(titles))]
     for load, system in _points(runs):
-        cells = [_cell(compare(runs, system, load, path), system) for _, path in columns]
-        lines.append(_line([f"{load:g}", system, *cells]))
+        ratios = [compare(runs, system, load, path, baseline) for _, path in columns]
+        cells = [_cell(ratio, is_baseline=system == baseline) for ratio in ratios]
+        lines.append(_line(["all at once" if load is None else f"{load:g}", system, *cells]))
     return "\n".join(lines)
 
 
@@ -122,15 +154,26 @@ def output_check(runs: Sequence[RunResult]) -> dict[str, Any]:
     }
 
 
-def sustained_rates(runs: Sequence[RunResult], target_ms: float) -> dict[str, dict[str, Any]]:
-    """Rate at the normalized-latency target, as median over seeds and ratio to the baseline."""
+def target_ms(runs: Sequence[RunResult]) -> float | None:
+    """The normalized latency that counts as sustained: ten of the baseline's decode steps."""
+    steps_s = [run.alone.token_s for run in runs if run.system == BASELINE and run.alone]
+    return 1000 * TARGET_STEPS * statistics.median(steps_s) if steps_s else None
+
+
+def sustained_rates(
+    runs: Sequence[RunResult], target: float, baseline: str = BASELINE
+) -> dict[str, dict[str, Any]]:
+    """Rate at the normalized-latency target, as median over seeds and ratios to the baseline.
+
+    A system whose points do not enclose the target is left out.
+    """
     rates: dict[str, dict[int, float]] = {}
-    for system in _unique(run.system for run in runs):
-        for seed in _unique(run.seed for run in runs):
-            rate = _sustained(runs, system, seed, target_ms)
+    for system in _systems(runs):
+        for seed in sorted({run.seed for run in runs}):
+            rate = _sustained(runs, system, seed, target)
             if rate is not None:
                 rates.setdefault(system, {})[seed] = rate
-    base = rates.get(BASELINE, {})
+    base = rates.get(baseline, {})
     return {
         system: {
             "rate_rps": statistics.median(by_seed.values()),
@@ -140,38 +183,73 @@ def sustained_rates(runs: Sequence[RunResult], target_ms: float) -> dict[str, di
     }
 
 
-def _sustained(runs: Sequence[RunResult], system: str, seed: int, target_ms: float) -> float | None:
-    points = [run for run in runs if run.system == system and run.seed == seed]
-    latencies = [run.figures["normalized_ms"]["mean"] for run in points]
-    return sustained_rate([run.rate_rps for run in points], latencies, target_ms)
+def headline(runs: Sequence[RunResult], target: float, baseline: str = BASELINE) -> str:
+    """The sustained rates as a Markdown table."""
+    rates = sustained_rates(runs, target, baseline)
+    title = f"requests/s at a normalized latency of {target:.4g} ms"
+    lines = [_line(["system", title, f"over {baseline}"]), _line(["---"] * 3)]
+    for system in _systems(run for run in runs if run.load is not None):
+        if system not in rates:
+            lines.append(_line([system, "outside the loads measured", "-"]))
+            continue
+        ratios = rates[system]["ratios"]
+        cell = "-"
+        if ratios:
+            middle, low, high = _median_low_high(ratios)
+            cell = f"{middle:.3g}x ({low:.3g}-{high:.3g}, {len(ratios)} seeds)"
+        lines.append(_line([system, f"{rates[system]['rate_rps']:.4g}", cell]))
+    return "\n".join(lines)
 
 
-def _points(runs: Sequence[RunResult]) -> list[tuple[float, str]]:
-    loads = sorted({run.load for run in runs})
-    systems = _unique(run.system for run in runs)
+def report(runs: Sequence[RunResult], baseline: str = BASELINE, target: float | None = None) -> str:
+    """Every table of a set of points, and whether all systems generated the same."""
+    parts = [markdown_table(runs, columns, baseline) for columns in TABLES]
+    target = target or target_ms(runs)
+    if target is not None and any(run.load is not None for run in runs):
+        parts.append(headline(runs, target, baseline))
+    check = output_check(runs)
+    verdict = "identical" if check["identical"] else f"DIFFERENT: {check['differing'][:10]}"
+    parts.append(f"outputs of {check['requests']} requests in {check['runs']} runs: {verdict}")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _sustained(runs: Sequence[RunResult], system: str, seed: int, target: float) -> float | None:
+    rates, latencies = [], []
+    for run in runs:
+        if run.system == system and run.seed == seed and run.rate_rps is not None:
+            rates.append(run.rate_rps)
+            latencies.append(run.figures["normalized_ms"]["mean"])
+    return sustained_rate(rates, latencies, target)
+
+
+def _points(runs: Sequence[RunResult]) -> list[tuple[float | None, str]]:
+    loads = sorted({run.load for run in runs}, key=lambda load: (load is not None, load))
+    systems = _systems(runs)
     present = {(run.load, run.system) for run in runs}
     return [(load, system) for load in loads for system in systems if (load, system) in present]
 
 
-def _by_seed(runs: Iterable[RunResult], system: str, load: float, path: str) -> dict[int, float]:
-    values: dict[int, list[float]] = {}
+def _by_seed(
+    runs: Iterable[RunResult], system: str, load: float | None, path: str
+) -> dict[int, float]:
+    values: dict[int, float] = {}
     for run in runs:
         if run.system == system and run.load == load:
-            value = value_of(run.figures, path)
+            value = value_of(run, path)
             if value is not None:
-                values.setdefault(run.seed, []).append(value)
-    return {seed: statistics.median(of_seed) for seed, of_seed in values.items()}
+                values[run.seed] = value
+    return values
 
 
 def _median_low_high(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def _cell(ratio: Ratio | None, system: str) -> str:
+def _cell(ratio: Ratio | None, *, is_baseline: bool) -> str:
     if ratio is None:
         return "-"
     text = f"{ratio.median:.4g}"
-    if system == BASELINE or ratio.ratio_median is None:
+    if is_baseline or ratio.ratio_median is None:
         return text
     spread = f", {ratio.ratio_low:.3g}-{ratio.ratio_high:.3g}"
     shown = spread if ratio.ratio_low != ratio.ratio_high else ""
@@ -182,5 +260,7 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
+def _systems(runs: Iterable[RunResult]) -> list[str]:
+    """In the order of the table of systems, whatever the order of the points."""
+    present = {run.system for run in runs}
+    return [name for name in SYSTEMS if name in present]

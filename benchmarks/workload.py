@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import csv
 import enum
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.errors import InputError
 
 _PROMPT_COLUMNS = ("prompt_tokens", "ContextTokens")
 _OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
@@ -49,17 +52,23 @@ class Request:
 def load_trace(path: Path) -> list[TraceRow]:
     """Read a length trace; rows without a prompt or without output cannot be served and go.
 
-    Raises ValueError when a length column is missing or no row is left.
+    Raises InputError when a length column is missing, a row is malformed (naming file and line)
+    or no row is left.
     """
+    if not path.is_file():
+        raise InputError(f"no trace at {path}")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
-        prompt = _column(columns, _PROMPT_COLUMNS)
-        output = _column(columns, _OUTPUT_COLUMNS)
-        rows = [TraceRow(int(r[prompt]), int(r[output]), _arrival_s(r)) for r in reader]
+        prompt = _column(path, columns, _PROMPT_COLUMNS)
+        output = _column(path, columns, _OUTPUT_COLUMNS)
+        try:
+            rows = [TraceRow(_tokens(r, prompt), _tokens(r, output), _arrival_s(r)) for r in reader]
+        except ValueError as error:
+            raise InputError(f"{path.name}, line {reader.line_num}: {error}") from None
     rows = [row for row in rows if row.prompt_tokens >= 1 and row.output_tokens >= 1]
     if not rows:
-        raise ValueError(f"{path.name} holds no request")
+        raise InputError(f"{path.name} holds no request")
     return rows
 
 
@@ -84,11 +93,11 @@ def sample_requests(rows: Sequence[TraceRow], count: int, seed: int) -> list[Req
 def sample_window(rows: Sequence[TraceRow], count: int, seed: int) -> list[Request]:
     """Take `count` consecutive rows with the trace's own arrivals, the first one at 0.
 
-    Raises ValueError when the trace has no arrivals.
+    Raises InputError when the trace has no arrivals.
     """
     _check_count(rows, count)
     if any(row.arrival_s is None for row in rows):
-        raise ValueError("the trace carries no arrivals")
+        raise InputError("the trace carries no arrivals")
     first = int(_rng(seed, _Stream.SAMPLE).integers(0, len(rows) - count + 1))
     window = sorted(rows[first : first + count], key=_known_arrival_s)
     start_s = _known_arrival_s(window[0])
@@ -148,7 +157,7 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
 
 def _check_count(rows: Sequence[TraceRow], count: int) -> None:
     if not 1 <= count <= len(rows):
-        raise ValueError(f"cannot take {count} requests from {len(rows)} rows")
+        raise InputError(f"cannot take {count} requests from {len(rows)} rows")
 
 
 def _known_arrival_s(row: TraceRow) -> float:
@@ -157,20 +166,43 @@ def _known_arrival_s(row: TraceRow) -> float:
     return row.arrival_s
 
 
-def _column(columns: Collection[str], names: Sequence[str]) -> str:
+def _column(path: Path, columns: Collection[str], names: Sequence[str]) -> str:
     for name in names:
         if name in columns:
             return name
-    raise ValueError(f"the trace needs one of the columns {', '.join(names)}")
+    raise InputError(
+        f"{path.name} needs one of the columns {', '.join(names)}; it has {', '.join(columns)}"
+    )
 
 
-def _arrival_s(row: Mapping[str, str]) -> float | None:
+def _tokens(row: Mapping[str, str | None], column: str) -> int:
+    text = row[column]
+    try:
+        count = int(text or "")
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"{column} must be a whole number of tokens, got {text!r}")
+    return count
+
+
+def _arrival_s(row: Mapping[str, str | None]) -> float | None:
     """Seconds from `arrival_s`, or from `TIMESTAMP`, where anything but a date means none."""
     if "arrival_s" in row:
-        return float(row["arrival_s"])
+        return _seconds(row["arrival_s"])
     try:
-        moment = datetime.fromisoformat(row.get("TIMESTAMP", ""))
+        moment = datetime.fromisoformat(row.get("TIMESTAMP") or "")
     except ValueError:
         return None
     # Only differences matter; a fixed zone keeps daylight saving out of them.
-    return moment.replace(tzinfo=UTC).timestamp()
+    return moment.replace(tzinfo=timezone.utc).timestamp()
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"arrival_s must be a number of seconds, got {text!r}")
+    return seconds

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 PolicyName = Literal["fastserve", "mlfq", "fcfs", "fixed-priority"]
+SwapMode = Literal["proactive", "reactive", "recompute"]
 POLICY_NAMES: tuple[str, ...] = get_args(PolicyName)
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -48,6 +49,14 @@ class FastServeConfig:
     starvation_limit_s: float | None = Field(default=3.0, gt=0)
     """Seconds a request may wait for its next turn before it is promoted to the highest level;
     None switches promotion off."""
+
+    swap_mode: SwapMode = "proactive"
+    """What becomes of a preempted request's KV cache when the device runs out of blocks. It moves
+    to host memory ahead of need (`proactive`), moves when the room or the KV cache is needed and
+    the step waits for the copy (`reactive`), or is dropped and computed again (`recompute`)."""
+
+    swap_space_gib: float = Field(default=4.0, gt=0)
+    """Host memory for swapped KV cache, GiB a worker. It is pinned where the platform can."""
 
     step_time_profile: str | None = None
     """Path of a saved step-time profile (JSON). It pins the model: nothing is learned online, so

@@ -7,7 +7,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
 from fastserve_vllm.policy.budget import StepLimits
-from fastserve_vllm.policy.job import Job
+from fastserve_vllm.policy.job import Job, JobState
 
 if TYPE_CHECKING:
     from fastserve_vllm.scheduler import FastServeScheduler
@@ -94,9 +94,12 @@ class HostDemand:
     def freed_blocks(self, job: Job) -> int | None:
         """Blocks that only this job holds; None while a step in flight may still write them."""
         request: Request = job.handle
-        if request.status != RequestStatus.RUNNING:
+        if request.status != RequestStatus.RUNNING and job.state is not JobState.PAUSED:
             return None
         if not self._scheduler._request_blocks_can_be_freed(request):
+            return None
+        exchange = self._scheduler.exchange
+        if exchange is not None and exchange.is_saving(request):
             return None
         groups = self._kv.get_blocks(request.request_id).blocks
         return sum(block.ref_cnt == 1 and not block.is_null for group in groups for block in group)

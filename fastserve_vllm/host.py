@@ -58,6 +58,8 @@ _KV = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 _KV_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector"
 _CONNECTOR = f"{_KV_CONNECTOR}.v1.base:KVConnectorBase_V1"
 _OUTPUT = "vllm.v1.core.sched.output"
+_KV_CACHE = "vllm.v1.kv_cache_interface"
+_COPIES = "vllm.v1.simple_kv_offload.cuda_mem_ops"
 
 CONTRACT: tuple[Seam, ...] = (
     Seam("vllm.v1.core.sched.async_scheduler:AsyncScheduler", "inherit the iteration scheduler"),
@@ -216,6 +218,86 @@ CONTRACT: tuple[Seam, ...] = (
         "export figures beside a user's own connector",
         ("name", "module_path", "class_name"),
     ),
+    Seam(f"{_KV_CONNECTOR}.v1.base:KVConnectorMetadata", "tell workers what to copy"),
+    Seam(
+        f"{_KV_CONNECTOR}.v1.base:KVConnectorWorkerMetadata.aggregate",
+        "hear from workers what they copied",
+        ("self", "other"),
+    ),
+    Seam(
+        f"{_KV_CACHE}:KVCacheConfig",
+        "find a block's bytes",
+        sets=("num_blocks", "kv_cache_tensors", "kv_cache_groups"),
+    ),
+    Seam(
+        f"{_KV_CACHE}:KVCacheTensor",
+        "find a block's bytes",
+        sets=("size", "layers", "layer_stride", "block_stride", "offset"),
+    ),
+    Seam(
+        f"{_KV_CACHE}:KVCacheGroupSpec",
+        "refuse KV cache that cannot be swapped",
+        sets=("layer_names", "kv_cache_spec", "host_resident", "enable_kv_transfer"),
+    ),
+    Seam(
+        f"{_KV_CACHE}:KVCacheConfig.needs_kv_cache_zeroing",
+        "refuse KV cache that cannot be swapped",
+    ),
+    Seam(
+        f"{_KV_CACHE}:KVCacheSpec.prefix_cacheable",
+        "refuse KV cache that cannot be swapped",
+    ),
+    Seam(
+        f"{_KV_CACHE}:iter_layer_specs",
+        "refuse KV cache that cannot be swapped",
+        ("kv_cache_spec",),
+    ),
+    Seam(f"{_KV_CACHE}:FullAttentionSpec", "swap full attention"),
+    Seam(f"{_KV_CACHE}:MLAAttentionSpec", "swap latent attention"),
+    Seam(f"{_KV_CACHE}:SlidingWindowSpec", "swap sliding windows"),
+    Seam(f"{_KV_CACHE}:SlidingWindowMLASpec", "swap sliding windows"),
+    Seam(f"{_KV_CACHE}:ChunkedLocalAttentionSpec", "swap chunked attention"),
+    Seam(
+        "vllm.distributed.utils:get_pp_indices",
+        "size host memory alike on all pipeline stages",
+        ("num_hidden_layers", "pp_rank", "pp_size"),
+    ),
+    Seam(
+        "vllm.config:ModelConfig.get_total_num_hidden_layers",
+        "size host memory alike on all pipeline stages",
+        ("self",),
+    ),
+    Seam("vllm.config:ParallelConfig.rank", "size host memory alike on all pipeline stages"),
+    Seam(
+        "vllm.config:ParallelConfig.tensor_parallel_size",
+        "size host memory alike on all pipeline stages",
+    ),
+    Seam(
+        "vllm.config:ParallelConfig.pipeline_parallel_size",
+        "size host memory alike on all pipeline stages",
+    ),
+    Seam(
+        "vllm.distributed.parallel_state:get_pp_group",
+        "size host memory alike on all pipeline stages",
+    ),
+    Seam(
+        "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object",
+        "size host memory alike on all pipeline stages",
+        ("self", "obj", "src"),
+    ),
+    Seam("vllm.utils.platform_utils:is_pin_memory_available", "pin host memory"),
+    Seam(f"{_COPIES}:pin_tensor", "pin host memory", ("tensor",)),
+    Seam(
+        f"{_COPIES}:build_params",
+        "copy blocks on a side stream",
+        ("src_caches", "dst_caches", "stream", "src_access_order"),
+    ),
+    Seam(
+        f"{_COPIES}:copy_blocks",
+        "copy blocks on a side stream",
+        ("src_block_ids", "dst_block_ids", "params"),
+    ),
+    Seam(f"{_COPIES}:CU_MEMCPY_SRC_ACCESS_ORDER_STREAM", "copy blocks on a side stream"),
 )
 
 

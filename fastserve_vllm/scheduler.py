@@ -17,6 +17,10 @@ from fastserve_vllm import host
 from fastserve_vllm.config import ConfigError, FastServeConfig
 from fastserve_vllm.demand import HostDemand
 from fastserve_vllm.kv_swap.connector import find_connector
+from fastserve_vllm.kv_swap.exchange import KvExchange
+from fastserve_vllm.kv_swap.manager import Completion
+from fastserve_vllm.kv_swap.transfers import Direction
+from fastserve_vllm.kv_swap.worker import refuse_unsupported
 from fastserve_vllm.planned_queue import PlannedQueue
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.make import make_ladder, make_policy
@@ -76,9 +80,17 @@ class FastServeScheduler(AsyncScheduler):
         self.demand = HostDemand(self)
         base_s = self.step_time.min_decode_step_s or self.step_time.predict_s(StepShape(0, 1))
         policy = make_policy(self.fastserve_config, base_s, self.max_num_active_reqs)
-        self.planner = StepPlanner(policy, self.demand)
+        self.exchange: KvExchange | None = None
+        if self.fastserve_config.swap_mode != "recompute":
+            refuse_unsupported(self.kv_cache_config)
+            self.exchange = KvExchange(self, self.fastserve_config, self.step_time)
+        connector.exchange = self.exchange
+        ahead = self.fastserve_config.swap_mode == "proactive"
+        blocks = self.kv_cache_config.num_blocks if ahead else None
+        self.planner = StepPlanner(policy, self.demand, self.exchange, blocks)
         self._jobs: dict[str, Job] = {}
         self._blocked: dict[Job, None] = {}
+        self._resetting = False
         self._scheduled_at: deque[float] = deque()
         self._last_output_s = 0.0
         self._uncharged_s = 0.0
@@ -102,7 +114,14 @@ class FastServeScheduler(AsyncScheduler):
             f"{config.quantum_ratio:g}, base quantum {config.base_quantum_s or 'learned'}, "
             f"starvation limit {config.starvation_limit_s} s, batch limit "
             f"{self.max_num_active_reqs}, {self.kv_cache_config.num_blocks} device blocks, "
-            f"model runner {'V2' if self.use_v2_model_runner else 'V1'}"
+            f"{self._describe_swap()}, model runner {'V2' if self.use_v2_model_runner else 'V1'}"
+        )
+
+    def _describe_swap(self) -> str:
+        if self.exchange is None:
+            return "no KV swap"
+        return (
+            f"{self.fastserve_config.swap_mode} KV swap to {self.exchange.host_blocks} host blocks"
         )
 
     # ---- one step -------------------------------------------------------------------------
@@ -134,6 +153,13 @@ class FastServeScheduler(AsyncScheduler):
         else:
             self._scheduled_at.popleft()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.exchange is not None:
+            entered = time.perf_counter()
+            for completion in self.exchange.completions():
+                self._copied(completion)
+            if self._load_failed(model_runner_output):
+                self._resize_running()
+            self.reporter.scheduler_s += time.perf_counter() - entered
         # A server is often killed before it shuts its scheduler down, so an idle one saves, too.
         if not len(self.planner) and self.clock() - self._profile_saved_s > _PROFILE_PERIOD_S:
             self._save_profile()
@@ -181,10 +207,14 @@ class FastServeScheduler(AsyncScheduler):
 
     def _apply(self, plan: StepPlan) -> None:
         """Show vLLM the plan: a narrowed, ordered `running`, and the queued that may start."""
+        for job in plan.spilled:
+            self._give_up(job, spill=True)
         for job in plan.recomputed:
-            self._give_up(job.handle)
-        for job in plan.paused:
-            self.left_out[job.handle] = None
+            self._give_up(job, spill=False)
+        for job in (*plan.paused, *plan.swapped_out):
+            # A job that came back from the host and has not run waits among the waiting.
+            if job.handle.status == RequestStatus.RUNNING:
+                self.left_out[job.handle] = None
         queued = []
         for job in plan.started:
             if job.handle in self.left_out:
@@ -199,14 +229,121 @@ class FastServeScheduler(AsyncScheduler):
         self.running = resident
         self.waiting.plan(request for request in queued if request in self.waiting)
         self.kv_holding_waiting.plan(r for r in queued if r in self.kv_holding_waiting)
+        for job in plan.swapped_out:
+            self._send_out(job)
+        for job in plan.swapped_in:
+            self._bring_in(job)
+        for job in plan.saved:
+            self.exchange.save(job.handle)
 
-    def _give_up(self, request: Request) -> None:
-        if request in self.left_out:
-            del self.left_out[request]
+    # ---- KV cache that leaves and comes back ------------------------------------------------
+
+    def _give_up(self, job: Job, *, spill: bool) -> None:
+        """Free the job's device blocks at once; its KV cache goes to the host or is lost."""
+        request: Request = job.handle
+        if spill and self._spill(request):
+            self._release(request)
         else:
-            self.running.remove(request)
-        super()._preempt_request(request, time.monotonic())
-        self._start_over(self._jobs[request.request_id])
+            self._release(request)
+            if spill:
+                self.planner.evict(job, self.clock())
+        self._start_over(job)
+
+    def _spill(self, request: Request) -> bool:
+        """Copy the KV cache to the host before its blocks are written again."""
+        if self.exchange is None:
+            return False
+        return self.exchange.copy_out(request, urgent=True) is not None
+
+    def _release(self, request: Request) -> None:
+        """Free the device blocks of a resident request, which then waits like a preempted one."""
+        if request.status == RequestStatus.RUNNING:
+            if request in self.left_out:
+                del self.left_out[request]
+            else:
+                self.running.remove(request)
+            if self.exchange is not None:
+                self.exchange.abandon(request)
+            super()._preempt_request(request, time.monotonic())
+            return
+        # It came back from the host and has not run since: vLLM knows it as preempted already.
+        self.kv_holding_waiting.remove_request(request)
+        self.kv_cache_manager.free(request)
+        request.num_computed_tokens = 0
+        self.waiting.add_request(request)
+
+    def _send_out(self, job: Job) -> None:
+        """Start copying the KV cache of a job that was left out; its blocks stay until it is."""
+        assert self.exchange is not None
+        transfer = self.exchange.copy_out(job.handle, urgent=False)
+        if transfer is None:
+            self.planner.stayed(job)
+        elif not transfer.device_blocks:
+            self._sent_out(job)
+
+    def _sent_out(self, job: Job) -> None:
+        self._release(job.handle)
+        self.planner.swapped_out(job)
+        self._start_over(job)
+
+    def _bring_in(self, job: Job) -> None:
+        """Start copying the KV cache of a swapped job back."""
+        assert self.exchange is not None
+        transfer = self.exchange.copy_in(job.handle)
+        if transfer is None:
+            self.planner.evict(job, self.clock(), spilled=True)
+        elif not transfer.device_blocks:
+            self.finished_recving_kv_req_ids.add(job.job_id)
+            self._brought_in(job)
+
+    def _brought_in(self, job: Job) -> None:
+        """The copy has ended, well or not; let vLLM take note."""
+        request: Request = job.handle
+        self._handle_blocked_waiting_request(request)
+        if request.num_computed_tokens:
+            self._size_up_rest(job)
+            self.planner.swapped_in(job)
+            return
+        self.kv_holding_waiting.remove_request(request)
+        self.waiting.add_request(request)
+        self._start_over(job)
+        self.planner.evict(job, self.clock())
+
+    def _copied(self, completion: Completion) -> None:
+        """A copy has completed of a request that still lives, and may have been reset since."""
+        job = self._jobs.get(completion.request_id)
+        if job is None:
+            return
+        if job.state is JobState.SWAPPING_IN and completion.direction is Direction.IN:
+            self._brought_in(job)
+        elif job.state is JobState.SWAPPING_OUT and completion.direction is Direction.OUT:
+            if completion.cause is None:
+                self._sent_out(job)
+            else:
+                self.planner.stayed(job)
+        elif completion.lost and job.state in (JobState.SWAPPED, JobState.QUEUED):
+            self._start_over(job)
+            self.planner.evict(job, self.clock())
+        elif completion.lost and job.state in (JobState.RUNNING, JobState.PAUSED):
+            self._preempt_lost(job)
+
+    def _preempt_lost(self, job: Job) -> None:
+        """The job went on with KV cache that never arrived: it starts over.
+
+        vLLM has dropped the output of that step already (`_load_failed`).
+        """
+        self._release(job.handle)
+        self.planner.evict(job, self.clock())
+        self._start_over(job)
+
+    def _load_failed(self, output: ModelRunnerOutput) -> bool:
+        transfers = output.kv_connector_output
+        return transfers is not None and bool(transfers.invalid_block_ids)
+
+    def _resize_running(self) -> None:
+        """vLLM has set some requests back to the last token whose KV cache is valid."""
+        for job in self.planner.running:
+            self._size_up_rest(job)
 
     def _reconcile(self, plan: StepPlan, output: SchedulerOutput, now_s: float) -> None:
         """Follow what vLLM did where it could not follow the plan; track prefills."""
@@ -269,9 +406,22 @@ class FastServeScheduler(AsyncScheduler):
         job.next_tokens = uncached
 
     def _start_over(self, job: Job) -> None:
-        """All tokens of a job that lost its KV cache have to be computed again."""
-        job.next_tokens = job.handle.num_tokens
+        """A job that lost its device blocks computes all tokens again that the host lacks."""
+        request: Request = job.handle
+        job.swapped_tokens = 0
+        if self.exchange is not None:
+            job.swapped_tokens = self.exchange.matched_tokens(request, 0)
+        job.next_tokens = self._step_tokens(request.num_tokens - job.swapped_tokens)
         job.first_step_s = self._prefill_s(job.next_tokens)
+
+    def _size_up_rest(self, job: Job) -> None:
+        """What is left to compute of a job whose KV cache is on the device."""
+        request: Request = job.handle
+        job.next_tokens = self._step_tokens(request.num_tokens - request.num_computed_tokens)
+
+    def _step_tokens(self, tokens: int) -> int:
+        """One token is a decode, which may compute some drafts beside it."""
+        return tokens if tokens > 1 else self.demand.decode_tokens
 
     def _prefill_s(self, tokens: int) -> float:
         return self.step_time.prefill_s(tokens, self.max_num_scheduled_tokens)
@@ -279,10 +429,13 @@ class FastServeScheduler(AsyncScheduler):
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
-        """A request's KV cache is given up by vLLM itself: its job starts over."""
+        """vLLM itself takes a request's blocks: its KV cache goes to the host or is lost."""
+        spilled = not self._resetting and self._spill(request)
+        if not spilled and self.exchange is not None:
+            self.exchange.abandon(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
         job = self._jobs[request.request_id]
-        self.planner.evict(job, self.clock())
+        self.planner.evict(job, self.clock(), spilled=spilled)
         self._start_over(job)
 
     def _free_request(
@@ -327,12 +480,39 @@ class FastServeScheduler(AsyncScheduler):
         """As vLLM's; paused requests hold KV cache like running ones."""
         self.running = [*self.running, *self.left_out]
         self.left_out.clear()
+        if reset_running_requests:
+            self._forget_swapped()
+        self._resetting = reset_running_requests
         try:
-            return super().reset_prefix_cache(reset_running_requests, reset_connector)
+            successful = super().reset_prefix_cache(reset_running_requests, reset_connector)
         finally:
+            self._resetting = False
             batch = {job.handle for job in self.planner.running}
             self.left_out.update((r, None) for r in self.running if r not in batch)
             self.running = [r for r in self.running if r in batch]
+        if successful:
+            self._forget_swapped()
+        return successful
+
+    def _forget_swapped(self) -> None:
+        """KV cache that is on the host, on its way, or just back is not valid any more."""
+        if self.exchange is None:
+            return
+        self.exchange.abandon_all()
+        for job in list(self.planner.jobs):
+            request: Request = job.handle
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and (
+                job.state is JobState.SWAPPING_IN
+            ):
+                request.status = RequestStatus.PREEMPTED
+            elif job.state is not JobState.SWAPPED and not (
+                job.state is JobState.PAUSED and request.status == RequestStatus.PREEMPTED
+            ):
+                continue
+            if request.num_computed_tokens:
+                self._release(request)
+            self._start_over(job)
+            self.planner.evict(job, self.clock())
 
     def shutdown(self) -> None:
         """As vLLM's; saves the step-time profile once more."""
@@ -354,11 +534,17 @@ class FastServeScheduler(AsyncScheduler):
         self.planner.check_integrity()
         running, left_out = set(self.running), set(self.left_out)
         waiting = {*self.waiting, *self.kv_holding_waiting}
+        if self.exchange is not None:
+            self.exchange.manager.check_integrity()
         assert not running & left_out, "I1: running and left out"
         assert not (running | left_out) & waiting, "I1: resident and waiting"
         assert self._jobs.keys() == {r.request_id for r in running | left_out | waiting}, "I1"
         for job in self._jobs.values():
-            expected = {JobState.RUNNING: running, JobState.PAUSED: left_out}
+            expected = {
+                JobState.RUNNING: running,
+                JobState.PAUSED: left_out | waiting,
+                JobState.SWAPPING_OUT: left_out,
+            }
             assert job.handle in expected.get(job.state, waiting), f"I1: {job}"
 
 

@@ -18,8 +18,10 @@ _CONNECTOR: dict[str, Any] = {
     "kv_connector": _CONNECTOR_NAME,
     "kv_connector_module_path": _CONNECTOR_MODULE,
     # Not "kv_both": a consumer makes vLLM keep freed blocks back for a step, and accept embeddings
-    # from clients of multimodal models. FastServe's connector moves no KV and needs neither.
+    # from clients of multimodal models. FastServe's copies are ordered after the steps in flight by
+    # the workers, and its KV comes from nobody else, so it needs neither.
     "kv_role": "kv_producer",
+    "kv_load_failure_policy": "recompute",
 }
 
 

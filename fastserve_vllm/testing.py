@@ -11,11 +11,18 @@ from vllm.config import VllmConfig
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+)
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from fastserve_vllm.kv_swap.metadata import SwapMetadata, SwapWorkerMetadata
+from fastserve_vllm.kv_swap.transfers import Report, Transfer
 from fastserve_vllm.selection import select
 
 _ARGUMENTS: dict[str, Any] = {
@@ -65,6 +72,7 @@ class ModelFreeEngine:
         num_blocks: device blocks, the null block included.
         make: builds the scheduler from vLLM's arguments; None: the configured class, on `clock`.
         step_s: seconds that a step takes on `clock`, given what was scheduled.
+        copy_steps: steps that complete before a KV copy that starts in one of them is reported.
     """
 
     def __init__(
@@ -73,12 +81,16 @@ class ModelFreeEngine:
         num_blocks: int = 4096,
         make: Callable[..., Any] | None = None,
         step_s: Callable[[SchedulerOutput], float] = lambda _: 0.001,
+        copy_steps: int = 0,
     ) -> None:
         self.config = config
         self.clock = ManualClock()
         self.step_s = step_s
         self.outputs: dict[str, list[int]] = {}
         self.in_flight: deque[SchedulerOutput] = deque()
+        self.copy_steps = copy_steps
+        self.transfers: list[Transfer] = []
+        self._copies: deque[tuple[Transfer, ...]] = deque()
         self._tokens = itertools.count(10)
         config.cache_config.num_gpu_blocks = num_blocks
         block_size = config.cache_config.block_size
@@ -176,7 +188,26 @@ class ModelFreeEngine:
         """One token for each request whose known tokens have all been computed."""
         ids = list(output.num_scheduled_tokens)
         sampled = [[next(self._tokens)] if self._completes(output, i) else [] for i in ids]
-        return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled)
+        return ModelRunnerOutput(
+            ids,
+            {r: i for i, r in enumerate(ids)},
+            sampled,
+            kv_connector_output=self._copy(output.kv_connector_metadata),
+        )
+
+    def _copy(self, metadata: Any) -> KVConnectorOutput | None:
+        """What the workers would report: the copies that have been under way for long enough."""
+        if not isinstance(metadata, SwapMetadata):
+            return None
+        self.transfers += metadata.transfers
+        self._copies.append(metadata.transfers)
+        kept = 0 if metadata.flush else self.copy_steps
+        ready = [self._copies.popleft() for _ in range(len(self._copies) - kept)]
+        workers = self.config.parallel_config.world_size
+        done = {t.transfer_id: workers for transfers in ready for t in transfers}
+        if not done:
+            return None
+        return KVConnectorOutput(kv_connector_worker_meta=SwapWorkerMetadata(Report(done=done)))
 
     def _completes(self, output: SchedulerOutput, request_id: str) -> bool:
         request = self.scheduler.requests.get(request_id)
@@ -198,4 +229,6 @@ def _kv_cache_config(num_blocks: int, block_size: int) -> KVCacheConfig:
     spec = FullAttentionSpec(
         block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32
     )
-    return KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    page = spec.page_size_bytes
+    tensor = KVCacheTensor(page * num_blocks, ["layer"], page * num_blocks, page)
+    return KVCacheConfig(num_blocks, [tensor], [KVCacheGroupSpec(["layer"], spec)])

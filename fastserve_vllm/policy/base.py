@@ -1,5 +1,6 @@
 """The interface of a policy, and the policies that never change a job's place."""
 
+import math
 from collections.abc import Sequence
 from itertools import count
 from typing import Protocol
@@ -42,6 +43,26 @@ class Policy(Protocol):
         """Raise the jobs that have waited for too long."""
         ...
 
+    def execute_s(self, batch_size: int) -> Sequence[float]:
+        """For each level, seconds until all jobs of higher levels have come down to it.
+
+        Args:
+            batch_size: jobs that run at a time.
+        """
+        ...
+
+    def promote_s(self, job: Job, now_s: float) -> float:
+        """Seconds until the waiting job has waited for too long; infinite where none is raised."""
+        ...
+
+    def next_promoted(self, limit: int) -> Sequence[Job]:
+        """The waiting jobs that would be raised first, `limit` at most."""
+        ...
+
+    def turn_s(self, job: Job) -> float:
+        """Seconds of service that the waiting job may attain before it loses its place."""
+        ...
+
 
 class StaticPolicy:
     """A policy whose keys never change: no levels, no quanta, no promotion."""
@@ -78,6 +99,22 @@ class StaticPolicy:
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Nobody is ever promoted."""
         return ()
+
+    def execute_s(self, batch_size: int) -> Sequence[float]:
+        """There are no higher levels to wait for."""
+        return (0.0,)
+
+    def promote_s(self, job: Job, now_s: float) -> float:
+        """Nobody is ever promoted."""
+        return math.inf
+
+    def next_promoted(self, limit: int) -> Sequence[Job]:
+        """Nobody is ever promoted."""
+        return ()
+
+    def turn_s(self, job: Job) -> float:
+        """A place is never lost by running."""
+        return math.inf
 
 
 class Fcfs(StaticPolicy):

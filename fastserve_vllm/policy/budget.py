@@ -73,27 +73,33 @@ class StepLimits:
     overlapping: bool = False
     admit_queued: bool = True
 
-    def hold(self, batch: Collection[Job], joined: Sequence[Job]) -> bool:
-        """Whether the whole batch fits for certain, by sums that overestimate what it needs.
+    def bounds(self, batch: Collection[Job], joined: Sequence[Job]) -> tuple[int, int]:
+        """Tokens and blocks that the whole batch cannot exceed: sums that overestimate its needs.
 
         Args:
             batch: the jobs that would run.
             joined: those of them that did not run before.
         """
-        if self.max_adapters is not None:
-            return False
-        queued = [job for job in joined if job.state is JobState.QUEUED]
-        if self.free_slots is not None and len(queued) > self.free_slots:
-            return False
         tokens = len(batch) * self.decode_tokens
         blocks = len(batch) * self.block_bound + self.headroom_blocks
-        for job in queued:
+        for job in [job for job in joined if job.state is JobState.QUEUED]:
             # Cached tokens are not computed again, but their blocks may be among the free ones.
             cached = max(job.prompt_tokens - job.next_tokens, 0)
             blocks += self.block_bound * (cached // self.block_tokens + 1)
+            blocks += self.block_bound * (job.swapped_tokens // self.block_tokens + 1)
         for wanted in [job.next_tokens for job in batch if job.next_tokens > self.decode_tokens]:
             tokens += wanted
             blocks += self.block_bound * (wanted // self.block_tokens + 1)
+        return tokens, blocks
+
+    def hold(self, tokens: int, blocks: int, joined: Sequence[Job]) -> bool:
+        """Whether a batch within these bounds fits for certain."""
+        if self.max_adapters is not None:
+            return False
+        if self.free_slots is not None:
+            queued = sum(job.state is JobState.QUEUED for job in joined)
+            if queued > self.free_slots:
+                return False
         return tokens <= self.token_budget and blocks <= self.free_blocks
 
 
@@ -144,6 +150,11 @@ class StepBudget:
         self._tokens = self.limits.token_budget
         self._blocks = self.limits.free_blocks
         self._slots = self.limits.free_slots or 0
+
+    @property
+    def blocks_left(self) -> int:
+        """Device blocks that the admitted jobs leave."""
+        return self._blocks
 
     @property
     def takes_queued(self) -> bool:

@@ -10,13 +10,17 @@ class JobState(Enum):
 
     `BLOCKED` waits for something other than a turn (a grammar, input, remote KV). `QUEUED` could
     run and holds no batch place. `RUNNING` is in the batch. `PAUSED` was left out of the batch
-    and keeps its KV cache on the device.
+    and keeps its KV cache on the device. `SWAPPING_OUT`, `SWAPPED` and `SWAPPING_IN`: its KV cache
+    is on its way to the host, there, and on its way back; it cannot run until it is `PAUSED` again.
     """
 
     BLOCKED = "blocked"
     QUEUED = "queued"
     RUNNING = "running"
     PAUSED = "paused"
+    SWAPPING_OUT = "swapping_out"
+    SWAPPED = "swapped"
+    SWAPPING_IN = "swapping_in"
 
 
 OrderKey = tuple[float, ...]
@@ -54,6 +58,8 @@ class Job:
     """When the job last began to wait for a turn, on the scheduler's clock."""
     next_tokens: int = 1
     """Tokens its next step would compute, were the token budget unlimited."""
+    swapped_tokens: int = 0
+    """Tokens of a queued job whose KV cache comes back from the host when it starts."""
     ticket: Any = field(default=None, repr=False)
     """Its live entry in the ready queue; an entry that is not the ticket is stale."""
     expiry: Any = field(default=None, repr=False)

@@ -1,9 +1,10 @@
 """Skip-join multi-level feedback queues (section 4.1 of arXiv 2305.05920)."""
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import count
+from itertools import count, islice
 
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -137,6 +138,34 @@ class SkipJoinMlfq:
                 self.promotions += 1
                 promoted.append(job)
         return promoted
+
+    def execute_s(self, batch_size: int) -> Sequence[float]:
+        """T_execute of the paper's section 4.2, for a job of each level.
+
+        It is (1/B) times the sum, over the jobs j of higher levels, of the quanta from j's level to
+        the one above its own. Jobs of the same level count for nothing.
+        """
+        times, total_s, above = [], 0.0, 0
+        for jobs, quantum_s in zip(self.level_sizes, self.ladder.quanta_s, strict=True):
+            times.append(total_s)
+            above += jobs
+            if above:
+                total_s += quantum_s * above / batch_size
+        return times
+
+    def promote_s(self, job: Job, now_s: float) -> float:
+        """T_promote of the paper's section 4.2; infinite without starvation prevention."""
+        if self.starvation_limit_s is None:
+            return math.inf
+        return max(self.starvation_limit_s - (now_s - job.waiting_since_s), 0.0)
+
+    def next_promoted(self, limit: int) -> Sequence[Job]:
+        """The jobs that have waited longest, in the order in which they began to."""
+        return () if self.starvation_limit_s is None else list(islice(self._waiting, limit))
+
+    def turn_s(self, job: Job) -> float:
+        """What is left of its quantum."""
+        return self.ladder.quanta_s[job.level] - self.attained_service_s(job)
 
     def attained_service_s(self, job: Job) -> float:
         """Seconds of service in the job's current level, up to the last step charged."""

@@ -1,14 +1,15 @@
 """Chooses each step's batch: the first jobs of the total order that the step has room for."""
 
 from bisect import insort
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import Demand, StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.queues import ReadyQueue, withdraw
+from fastserve_vllm.policy.swap import SwapDemand, SwapPlanner
 
 _by_key = attrgetter("key")
 # A step's walk ends once this many jobs a batch place were declined: beyond that, the step is
@@ -26,12 +27,21 @@ class StepPlan:
         started: those of them that were not running before.
         paused: jobs left out that keep their KV cache on the device.
         recomputed: jobs that give up their KV cache, before anything else happens.
+        spilled: jobs whose device blocks are taken at once, and whose KV cache goes to the host
+            before the step computes: the step waits for the copy.
+        swapped_out: jobs whose KV cache is copied to the host while others run.
+        swapped_in: jobs whose KV cache is copied back likewise.
+        saved: jobs that stay, and whose full blocks are copied to the host in advance.
     """
 
     batch: tuple[Job, ...]
     started: tuple[Job, ...] = ()
     paused: tuple[Job, ...] = ()
     recomputed: tuple[Job, ...] = ()
+    spilled: tuple[Job, ...] = ()
+    swapped_out: tuple[Job, ...] = ()
+    swapped_in: tuple[Job, ...] = ()
+    saved: tuple[Job, ...] = ()
 
 
 @dataclass(slots=True)
@@ -41,6 +51,10 @@ class StepCounters:
     started: int = 0
     paused: int = 0
     recomputed: int = 0
+    spilled: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    saved: int = 0
     finished: int = 0
     declined: dict[str, int] = field(default_factory=dict)
 
@@ -51,11 +65,25 @@ class StepPlanner:
     The live scheduler, the simulator and the property tests all drive this object. A step whose
     limits do not bind costs O((c + 1) log n) for the c jobs that enter or leave the batch, and one
     pass over the batch; one whose limits bind costs O(B log n).
+
+    Args:
+        policy: orders the jobs.
+        demand: the host's answers.
+        swap: the host's answers on KV swap; None: KV cache given up is computed again.
+        device_blocks: blocks of the device, where KV cache moves ahead of need; None: only when a
+            job that runs now needs the room, or its own KV cache.
     """
 
-    def __init__(self, policy: Policy, demand: Demand) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        demand: Demand,
+        swap: SwapDemand | None = None,
+        device_blocks: int | None = None,
+    ) -> None:
         self.policy = policy
         self.demand = demand
+        self.swap = swap
         self.counters = StepCounters()
         self._jobs: dict[Job, None] = {}
         self._running: list[Job] = []
@@ -63,7 +91,15 @@ class StepPlanner:
         # Queued jobs whose KV cache was loaded onto the device before their first turn.
         self._loaded = ReadyQueue()
         self._paused = ReadyQueue()
+        self._swapped = ReadyQueue()
+        # Device blocks that come free with a copy to the host; jobs on their way back.
+        self._leaving: dict[Job, int] = {}
+        self._coming: dict[Job, None] = {}
         self._unsorted = False
+        self._arrived: list[int] = []
+        self.ahead: SwapPlanner | None = None
+        if swap is not None and device_blocks is not None:
+            self.ahead = SwapPlanner(policy, swap, device_blocks, self._paused, self._swapped)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -80,19 +116,22 @@ class StepPlanner:
 
     @property
     def num_residents(self) -> int:
-        """Jobs that run or are paused."""
-        return len(self._running) + len(self._paused)
+        """Jobs that have a place on the device, in the batch or not."""
+        return (
+            len(self._running) + len(self._paused) + len(self._leaving) + len(self._coming)
+        )
 
     def state_counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
-        running, paused = len(self._running), len(self._paused)
-        queued = len(self._queued) + len(self._loaded)
-        return {
-            JobState.BLOCKED: len(self._jobs) - running - queued - paused,
-            JobState.QUEUED: queued,
-            JobState.RUNNING: running,
-            JobState.PAUSED: paused,
+        counts = {
+            JobState.QUEUED: len(self._queued) + len(self._loaded),
+            JobState.RUNNING: len(self._running),
+            JobState.PAUSED: len(self._paused),
+            JobState.SWAPPING_OUT: len(self._leaving),
+            JobState.SWAPPED: len(self._swapped),
+            JobState.SWAPPING_IN: len(self._coming),
         }
+        return {JobState.BLOCKED: len(self._jobs) - sum(counts.values()), **counts}
 
     def add(self, job: Job, now_s: float) -> None:
         """A job arrives, able to run."""
@@ -119,13 +158,39 @@ class StepPlanner:
         """What the job waited for has come: it joins as on arrival."""
         self._queue(job, now_s)
 
-    def evict(self, job: Job, now_s: float) -> None:
-        """The job's KV cache is gone; it keeps its place in the order and starts over."""
+    def evict(self, job: Job, now_s: float, *, spilled: bool = False) -> None:
+        """The job's device blocks are gone; it keeps its place in the order.
+
+        Args:
+            job: in whatever state.
+            now_s: the time.
+            spilled: its KV cache is on the host; otherwise it starts over.
+        """
         if job.state is JobState.RUNNING:
             self._running.remove(job)
             self.policy.stop(job, now_s)
+        self._leaving.pop(job, None)
+        self._coming.pop(job, None)
         withdraw(job)
-        self._requeue(job)
+        if spilled:
+            self._spill(job)
+        else:
+            self._requeue(job)
+
+    def swapped_out(self, job: Job) -> None:
+        """The job's KV cache is on the host and its device blocks are free."""
+        del self._leaving[job]
+        self._spill(job)
+
+    def stayed(self, job: Job) -> None:
+        """The copy to the host failed; the job's KV cache is on the device still."""
+        del self._leaving[job]
+        self._hold_paused(job)
+
+    def swapped_in(self, job: Job) -> None:
+        """The job's KV cache is on the device again."""
+        del self._coming[job]
+        self._hold_paused(job)
 
     def missed(self, job: Job, now_s: float) -> None:
         """The host did not run a job of the plan's batch, which was resident before the plan."""
@@ -137,7 +202,11 @@ class StepPlanner:
         """Charge `step_s` seconds to the running jobs; demote and promote."""
         self._unsorted |= bool(self.policy.charge(step_s))
         for job in self.policy.promote_starved(now_s):
-            job.ticket[2].push(job)
+            # Without a ticket it is on its way between device and host.
+            if job.ticket is not None:
+                job.ticket[2].push(job)
+            if job.state is JobState.PAUSED and self.ahead is not None:
+                self.ahead.paused(job)
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
@@ -147,7 +216,8 @@ class StepPlanner:
         if not limits.admit_queued:
             return self._drain(limits, now_s)
         joined, left, held = self._take_ready(limits)
-        if not limits.hold(self._running, joined):
+        tokens, blocks = limits.bounds(self._running, joined)
+        if not limits.hold(tokens, blocks, joined):
             candidates = sorted([*self._running, *left], key=_by_key)
             return self._fit(candidates, held, limits, now_s)
         if joined or left or held:
@@ -157,7 +227,8 @@ class StepPlanner:
             left += [job for job in held if job.state is JobState.RUNNING]
             self._put_back(outside, now_s)
             self._start(joined)
-        return StepPlan(tuple(self._running), tuple(joined), tuple(left))
+        plan = StepPlan(tuple(self._running), tuple(joined), tuple(left))
+        return self._move_ahead(plan, limits, limits.free_blocks - blocks, now_s)
 
     def check_integrity(self) -> None:
         """Law I1: every live job is in exactly one state, and in the queue that the state means.
@@ -166,18 +237,30 @@ class StepPlanner:
             AssertionError: naming the job.
         """
         running, paused = set(self._running), set(self._paused)
+        swapped = set(self._swapped)
         queued = {*self._queued, *self._loaded}
         assert len(running) == len(self._running), "I1: a job runs twice"
         assert len(self._queued) + len(self._loaded) == len(queued), "I1: queued jobs miscounted"
         assert len(self._paused) == len(paused), "I1: the queue of paused jobs miscounts"
-        places = {JobState.RUNNING: running, JobState.QUEUED: queued, JobState.PAUSED: paused}
+        assert len(self._swapped) == len(swapped), "I1: the queue of swapped jobs miscounts"
+        places: dict[JobState, Collection[Job]] = {
+            JobState.RUNNING: running,
+            JobState.QUEUED: queued,
+            JobState.PAUSED: paused,
+            JobState.SWAPPING_OUT: self._leaving,
+            JobState.SWAPPED: swapped,
+            JobState.SWAPPING_IN: self._coming,
+        }
         for job in self._jobs:
             for state, place in places.items():
                 assert (job in place) == (job.state is state), f"I1: {job}"
-        assert running | queued | paused <= self._jobs.keys(), "I1: a job that left is still here"
+        here = running | queued | paused | swapped | self._leaving.keys() | self._coming.keys()
+        assert here <= self._jobs.keys(), "I1: a job that left is still here"
 
     def _queue(self, job: Job, now_s: float) -> None:
         self.policy.join(job, now_s)
+        if self.ahead is not None:
+            self._arrived.append(job.next_tokens)
         self._requeue(job)
 
     def _withdraw(self, job: Job) -> None:
@@ -185,6 +268,8 @@ class StepPlanner:
             return
         if job.state is JobState.RUNNING:
             self._running.remove(job)
+        self._leaving.pop(job, None)
+        self._coming.pop(job, None)
         withdraw(job)
         self.policy.leave(job)
 
@@ -239,7 +324,10 @@ class StepPlanner:
         """The first of all jobs that wait, and its queue; None: nobody waits."""
         queued, holder = self._queued.first(), self._first_holder()
         if queued is not None and (holder is None or queued.key < holder[0].key):
-            return queued, self._queued
+            swapped = self._swapped.first()
+            # A job without KV cache takes no memory that one on the host ahead of it waits for.
+            if swapped is None or queued.key < swapped.key:
+                return queued, self._queued
         return holder
 
     def _first_holder(self) -> tuple[Job, ReadyQueue] | None:
@@ -281,7 +369,11 @@ class StepPlanner:
         taken = {*chosen, *passed}
         passed += [job for job in candidates if job not in taken]
         self._decline(budget.declined)
-        return self._regroup(chosen, passed, held, budget, now_s)
+        plan = self._regroup(chosen, passed, held, budget, now_s)
+        if not limits.admit_queued:
+            return plan
+        # The growth of the batch comes first: about a block each until it is demoted.
+        return self._move_ahead(plan, limits, budget.blocks_left - len(plan.batch), now_s)
 
     def _holders(self, candidates: list[Job], held: list[Job]) -> Iterator[Job]:
         """The jobs with KV cache on the device, but for those that a walk took from the queues."""
@@ -319,8 +411,9 @@ class StepPlanner:
     ) -> StepPlan:
         """Give every job of a walk the state that its new place means."""
         victims = budget.victims
+        spilled = [job for job in victims if self._spills(job)]
         for job in victims:
-            self._give_up(job, now_s)
+            self._give_up(job, now_s, spilled=job in spilled)
         left = [job for job in (*passed, *held) if job not in victims]
         paused = [job for job in left if job.state is JobState.RUNNING]
         self.counters.paused += len(paused) - sum(job.state is JobState.RUNNING for job in held)
@@ -331,7 +424,64 @@ class StepPlanner:
         if budget.partial is not None:
             chosen.remove(budget.partial)
             chosen.append(budget.partial)
-        return StepPlan(tuple(chosen), tuple(started), tuple(paused), tuple(victims))
+        recomputed = [job for job in victims if job not in spilled]
+        return StepPlan(
+            batch=tuple(chosen),
+            started=tuple(started),
+            paused=tuple(paused),
+            recomputed=tuple(recomputed),
+            spilled=tuple(spilled),
+        )
+
+    def _spills(self, job: Job) -> bool:
+        """Whether the job's KV cache is worth copying out and back, and the host has room."""
+        swap = self.swap
+        return (
+            swap is not None
+            and swap.out_s(job) + swap.in_s(job) < swap.recompute_s(job)
+            and swap.has_host_room(job)
+        )
+
+    def _move_ahead(
+        self, plan: StepPlan, limits: StepLimits, idle_blocks: int, now_s: float
+    ) -> StepPlan:
+        """Move KV cache ahead of need: part of the plan's batch may have to leave."""
+        if self.ahead is None:
+            return plan
+        self.ahead.reserve.step(sum(n // limits.block_tokens + 1 for n in self._arrived))
+        self._arrived.clear()
+        freeing = sum(self._leaving.values())
+        decision = self.ahead.decide(
+            self._running, max(idle_blocks, 0), freeing, now_s, plan.spilled
+        )
+        for job in decision.swapped_in:
+            self._coming[job] = None
+            job.state = JobState.SWAPPING_IN
+        self.counters.swapped_in += len(decision.swapped_in)
+        self.counters.saved += len(decision.saved)
+        gone = {*decision.swapped_out, *decision.dropped}
+        plan = replace(
+            plan, swapped_in=tuple(decision.swapped_in), saved=tuple(decision.saved)
+        )
+        if not gone:
+            return plan
+        for job in decision.swapped_out:
+            # None is not possible: such a job does not leave.
+            self._leaving[job] = self.demand.freed_blocks(job) or 0
+            self._depart(job, now_s)
+            job.state = JobState.SWAPPING_OUT
+        self.counters.swapped_out += len(decision.swapped_out)
+        for job in decision.dropped:
+            self._give_up(job, now_s, spilled=False)
+        self._running = [job for job in self._running if job not in gone]
+        return replace(
+            plan,
+            batch=tuple(job for job in plan.batch if job not in gone),
+            started=tuple(job for job in plan.started if job not in gone),
+            paused=tuple(job for job in plan.paused if job not in gone),
+            recomputed=(*plan.recomputed, *decision.dropped),
+            swapped_out=tuple(decision.swapped_out),
+        )
 
     def _start(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
@@ -351,21 +501,43 @@ class StepPlanner:
 
     def _pause(self, job: Job, now_s: float) -> None:
         self.policy.stop(job, now_s)
+        self._hold_paused(job)
+
+    def _hold_paused(self, job: Job) -> None:
         job.state = JobState.PAUSED
         self._paused.push(job)
+        if self.ahead is not None:
+            self.ahead.paused(job)
 
     def _requeue(self, job: Job) -> None:
         job.state = JobState.QUEUED
         (self._loaded if self.demand.holds_kv(job) else self._queued).push(job)
 
-    def _give_up(self, job: Job, now_s: float) -> None:
+    def _spill(self, job: Job) -> None:
+        """The KV cache is on the host: come back ahead of need, or else when the turn has come."""
+        if self.ahead is None:
+            job.state = JobState.QUEUED
+            self._queued.push(job)
+        else:
+            job.state = JobState.SWAPPED
+            self._swapped.push(job)
+
+    def _give_up(self, job: Job, now_s: float, *, spilled: bool) -> None:
+        self._depart(job, now_s)
+        self.counters.spilled += spilled
+        self.counters.recomputed += not spilled
+        if spilled:
+            self._spill(job)
+        else:
+            # The host still holds its KV cache, but not for long.
+            job.state = JobState.QUEUED
+            self._queued.push(job)
+
+    def _depart(self, job: Job, now_s: float) -> None:
+        """The job stops running or being ready."""
         if job.state is JobState.RUNNING:
             self.policy.stop(job, now_s)
         withdraw(job)
-        # The host still holds its KV cache, but not for long.
-        job.state = JobState.QUEUED
-        self._queued.push(job)
-        self.counters.recomputed += 1
 
     def _decline(self, reasons: dict[str, int]) -> None:
         for reason, times in reasons.items():

@@ -89,6 +89,11 @@ class StepTimeModel:
         """Seconds per step, prefill token, decode and context token, none below 0."""
         return tuple(max(t, 0.0) * s for t, s in zip(self._theta, _SCALES, strict=True))
 
+    @property
+    def prefill_token_s(self) -> float:
+        """Seconds that one more prefill token adds to a step."""
+        return max(self._theta[1], 0.0) * _SCALES[1]
+
     def predict_s(self, shape: StepShape) -> float:
         """Seconds that a step of this shape takes; above 0."""
         t0, t1, t2, t3 = self._theta

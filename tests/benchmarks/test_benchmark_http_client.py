@@ -9,16 +9,16 @@ REQUESTS = [Request("0", 0.5, 9, 3), Request("1", 1.5, 7, 1)]
 
 
 def result(**changes):
-    """A detailed result of `vllm bench serve`: the second request was sent 0.2 s late."""
+    """A detailed result of `vllm bench serve`: a pilot, then a request sent 0.2 s late."""
     return {
-        "errors": ["", ""],
+        "errors": ["", "", ""],
         "failed": 0,
-        "input_lens": [9, 7],
-        "output_lens": [3, 1],
-        "start_times": [100.5, 101.7],
-        "ttfts": [0.1, 0.4],
-        "itls": [[0.2, 0.3], []],
-        "generated_texts": ["abc", "d"],
+        "input_lens": [16, 9, 7],
+        "output_lens": [32, 3, 1],
+        "start_times": [99.0, 100.5, 101.7],
+        "ttfts": [0.5, 0.1, 0.4],
+        "itls": [[0.1], [0.2, 0.3], []],
+        "generated_texts": ["pilot", "abc", "d"],
         **changes,
     }
 
@@ -40,9 +40,9 @@ def test_latency_can_count_from_sending():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"failed": 1, "errors": ["", "gone"]}, "gone"),
-        ({"input_lens": [9, 8]}, "prompt length"),
-        ({"output_lens": [2, 1]}, "output length"),
+        ({"failed": 1, "errors": ["", "", "gone"]}, "gone"),
+        ({"input_lens": [16, 9, 8]}, "prompt length"),
+        ({"output_lens": [32, 2, 1]}, "output length"),
     ],
 )
 def test_a_result_that_is_not_the_workload_is_refused(changes, message):

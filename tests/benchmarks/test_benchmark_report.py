@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.alone import Alone
 from benchmarks.report import (
     RunResult,
     compare,
+    headline,
     markdown_table,
     output_check,
     summary,
     sustained_rates,
+    target_ms,
     value_of,
 )
 
@@ -30,9 +33,16 @@ def test_ratios_pair_seeds():
 def test_missing_figures_stay_missing():
     """A figure that a run does not have is a dash, not a zero."""
     runs = [run("vllm-fcfs")]
-    assert value_of(runs[0].figures, "slowdown.1-10.mean") is None
+    assert value_of(runs[0], "slowdown.1-10.mean") is None
     assert compare(runs, "vllm-fcfs", 1.0, "slowdown.1-10.mean") is None
-    assert "| - |" in markdown_table(runs)
+
+
+def test_columns_without_any_figure_are_left_out():
+    """What no point has gets no column; what one point lacks is a dash."""
+    lacking = RunResult("mlfq", 1.0, 0, 10.0, {"normalized_ms": {"mean": 5.0}}, "same", {})
+    table = markdown_table([run("vllm-fcfs"), lacking])
+    assert "e2e" not in table
+    assert "| 1 | mlfq | - | 5 (1x) |" in table
 
 
 def test_table_has_a_row_for_each_load_and_system():
@@ -66,6 +76,40 @@ def test_headline_is_a_ratio_of_rates():
         run("fastserve", load=2.0, rate=20.0, normalized=1.0),
         run("fastserve", load=4.0, rate=40.0, normalized=100.0),
     ]
-    rates = sustained_rates(runs, target_ms=10.0)
+    rates = sustained_rates(runs, 10.0)
     assert rates["fastserve"]["rate_rps"] == pytest.approx(30.0)
     assert rates["fastserve"]["ratios"] == pytest.approx([2.0])
+
+
+def test_ratios_to_another_baseline():
+    """Any system can be the denominator."""
+    runs = [run("vllm-fcfs", ttft=100.0), run("mlfq", ttft=50.0), run("fastserve", ttft=10.0)]
+    assert compare(runs, "fastserve", 1.0, "ttft_ms.mean", "mlfq").ratio_median == 0.2
+    assert "| 1 | mlfq | 50 |" in markdown_table(runs, baseline="mlfq")
+
+
+def test_the_target_is_ten_decode_steps_of_the_baseline():
+    """The median over the baseline's points; other systems do not count."""
+    points = [
+        RunResult(system, None, 0, None, {}, "", {}, alone=Alone(0.0, 0.0, token_s))
+        for system, token_s in (("vllm-fcfs", 0.002), ("vllm-fcfs", 0.004), ("fastserve", 1.0))
+    ]
+    assert target_ms(points) == pytest.approx(30.0)
+
+
+def test_headline_says_where_the_target_was_not_enclosed():
+    """Nothing is extrapolated, and the table says so."""
+    runs = [
+        run("vllm-fcfs", load=1.0, rate=10.0, normalized=1.0),
+        run("vllm-fcfs", load=2.0, rate=20.0, normalized=100.0),
+        run("fastserve", load=2.0, rate=20.0, normalized=1.0),
+    ]
+    lines = headline(runs, 10.0).splitlines()
+    assert lines[2] == "| vllm-fcfs | 15 | 1x (1-1, 1 seeds) |"
+    assert lines[3] == "| fastserve | outside the loads measured | - |"
+
+
+def test_all_at_once_has_rows_of_its_own():
+    """A point without a load comes first."""
+    runs = [run("vllm-fcfs"), run("vllm-fcfs", load=None)]
+    assert "| all at once | vllm-fcfs |" in markdown_table(runs).splitlines()[2]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.http_dataset import write_dataset
+from benchmarks.errors import InputError
+from benchmarks.http_dataset import PILOT_SECONDS, write_dataset
 from benchmarks.workload import (
     Request,
     TraceRow,
@@ -67,6 +68,36 @@ def test_missing_column_is_named(tmp_path):
     """The message says which column is missing."""
     with pytest.raises(ValueError, match="output_tokens, GeneratedTokens"):
         load_trace(trace(tmp_path, "prompt_tokens\n5\n"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("x,5", r"trace.csv, line 3: prompt_tokens must be a whole number of tokens, got 'x'"),
+        ("5,", "line 3: output_tokens must be"),
+        ("5", "line 3: output_tokens must be"),
+        ("5,-1", "line 3: output_tokens must be"),
+        ("5,1.5", "line 3: output_tokens must be"),
+    ],
+)
+def test_malformed_row_is_named(tmp_path, row, message):
+    """The message names file, line, column and value."""
+    with pytest.raises(InputError, match=message):
+        load_trace(trace(tmp_path, f"prompt_tokens,output_tokens\n5,5\n{row}\n"))
+
+
+@pytest.mark.parametrize("arrival", ["soon", "nan", "inf", ""])
+def test_malformed_arrival_is_named(tmp_path, arrival):
+    """An arrival is a finite number of seconds."""
+    text = f"arrival_s,prompt_tokens,output_tokens\n{arrival},5,5\n"
+    with pytest.raises(InputError, match="line 2: arrival_s must be a number of seconds"):
+        load_trace(trace(tmp_path, text))
+
+
+def test_missing_trace_is_named(tmp_path):
+    """A trace that is not there is bad input, not a crash."""
+    with pytest.raises(InputError, match="no trace at"):
+        load_trace(tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(
@@ -144,10 +175,11 @@ def test_prompts_avoid_special_tokens():
 
 
 def test_dataset_keeps_lengths_and_arrivals(tmp_path):
-    """Every request becomes one line, in order, with prompts of its own."""
+    """After the pilot, every request becomes one line, in order, with a prompt of its own."""
     path = tmp_path / "dataset.jsonl"
     write_dataset(path, [Request("a", 0.5, 9, 247), Request("b", 1.5, 47, 32)], prompts="load")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [row["timestamp"] for row in rows] == [0.5, 1.5]
+    pilot, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert pilot["timestamp"] == 0.0
+    assert [row["timestamp"] for row in rows] == [0.5 + PILOT_SECONDS, 1.5 + PILOT_SECONDS]
     assert [(row["input_length"], row["output_length"]) for row in rows] == [(9, 247), (47, 32)]
-    assert rows[0]["hash_ids"] != rows[1]["hash_ids"]
+    assert len({str(row["hash_ids"]) for row in (pilot, *rows)}) == 3

@@ -186,9 +186,20 @@ class ReferencePlan:
 
 
 def reference_plan(jobs: Iterable[Job], limits: StepLimits, demand: object) -> ReferencePlan:
-    """Sort everybody, walk from the front; nothing is remembered from one step to the next."""
-    runnable = [job for job in jobs if job.state is not JobState.BLOCKED]
-    residents = [job for job in runnable if job.state is not JobState.QUEUED]
+    """Sort everybody, walk from the front; nothing is remembered from one step to the next.
+
+    A job whose KV cache is on the host runs once it is back, and no job without KV cache overtakes
+    it meanwhile.
+    """
+    jobs = list(jobs)
+    swapped = [job.key for job in jobs if job.state is JobState.SWAPPED]
+    residents = [job for job in jobs if job.state in _RESIDENT]
+    runnable = residents + [
+        job
+        for job in jobs
+        if job.state is JobState.QUEUED
+        and (demand.holds_kv(job) or not swapped or job.key < min(swapped))
+    ]
     if not limits.admit_queued:
         runnable = [job for job in runnable if job.state in _RESIDENT or demand.holds_kv(job)]
     budget = StepBudget(limits, demand, lambda: residents)
@@ -210,3 +221,22 @@ def reference_plan(jobs: Iterable[Job], limits: StepLimits, demand: object) -> R
 
 
 _RESIDENT = (JobState.RUNNING, JobState.PAUSED)
+
+
+def naive_execute_s(
+    ladder: QuantumLadder, jobs: Iterable[Job], level: int, batch_size: int
+) -> float:
+    """T_execute as the paper writes it: (1/B) * sum over j of sum over k, i.level > k >= j.level."""
+    total_s = 0.0
+    for job in jobs:
+        for k in range(job.level, level):
+            total_s += ladder.quanta_s[k]
+    return total_s / batch_size
+
+
+def naive_enst_s(policy: SkipJoinMlfq, jobs: Iterable[Job], job: Job, batch: int, now_s: float):
+    """ENST of the job; one that runs is not promoted."""
+    execute_s = naive_execute_s(policy.ladder, jobs, job.level, batch)
+    if job.state is JobState.RUNNING or policy.starvation_limit_s is None:
+        return execute_s
+    return min(max(policy.starvation_limit_s - (now_s - job.waiting_since_s), 0.0), execute_s)

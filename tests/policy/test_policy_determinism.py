@@ -31,7 +31,7 @@ def run(seed: int, **options: object) -> list[tuple[str, ...]]:
         plans.append(
             tuple(names(part) for part in (plan.batch, plan.started, plan.paused, plan.recomputed))
         )
-        host.apply(plan)
+        host.move(plan, planner, now_s)
         for job in host.run(plan, planner, limits, resident):
             planner.remove(job)
         now_s += 4 * TICK_S

@@ -1,6 +1,11 @@
 """Invariants I1, I2, I3 and I9 of the planner and the policy, whatever happens to them."""
 
-from fake_host import TICK_S, FakeHost, blocks_for, make_job, queued_jobs
+import random
+from collections import Counter
+
+import pytest
+from fake_host import TICK_S, blocks_for, make_job, queued_jobs
+from fake_swap import MODES, MOVING, SwapHost, make_planner
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -8,12 +13,13 @@ from reference import CheckedMlfq, ReferencePlan, by_key, reference_plan
 
 from fastserve_vllm.policy.budget import StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
+from fastserve_vllm.policy.plan import StepPlan
 from fastserve_vllm.policy.quantum import QuantumLadder
 
 RESIDENT = (JobState.RUNNING, JobState.PAUSED)
 ticks = st.integers(1, 64)
-picks = st.randoms(use_true_random=False)
+seeds = st.integers(0, 1 << 16)
+picks = seeds.map(random.Random)
 
 
 @st.composite
@@ -41,12 +47,33 @@ class PolicyMachine(RuleBasedStateMachine):
         limit=st.sampled_from([None, 16, 64, 256]),
         promotions=st.sampled_from([None, 1, 2]),
         skip_join=st.booleans(),
-        blocks=st.integers(18, 80),
+        blocks=st.integers(18, 60),
         slots=st.sampled_from([None, 1, 3, 8]),
         headroom=st.integers(0, 2),
+        mode=st.sampled_from(MODES),
+        host=st.fixed_dictionaries(
+            {
+                "host_blocks": st.sampled_from([0, 3, 12, 40, 1000]),
+                "copy_steps": st.integers(0, 4),
+                "block_copy_s": st.sampled_from([0.0, TICK_S / 4, 4 * TICK_S]),
+                "token_s": st.sampled_from([0.0, TICK_S / 4, 4 * TICK_S]),
+            }
+        ),
     )
     def build(
-        self, base, levels, steady, pressure, limit, promotions, skip_join, blocks, slots, headroom
+        self,
+        base,
+        levels,
+        steady,
+        pressure,
+        limit,
+        promotions,
+        skip_join,
+        blocks,
+        slots,
+        headroom,
+        mode,
+        host,
     ):
         self.policy = CheckedMlfq(
             QuantumLadder(base * TICK_S, 2.0, levels),
@@ -56,8 +83,10 @@ class PolicyMachine(RuleBasedStateMachine):
             pressure_jobs=pressure,
             max_promotions=promotions,
         )
-        self.host = FakeHost(blocks, slots, headroom)
-        self.planner = StepPlanner(self.policy, self.host)
+        self.mode = mode
+        slots = None if mode == "proactive" else slots
+        self.host = SwapHost(blocks, slots, headroom, **host)
+        self.planner = make_planner(self.policy, self.host, mode)
         self.now_s = self.unobserved_s = 0.0
         self.arrived = self.left = 0
 
@@ -87,6 +116,28 @@ class PolicyMachine(RuleBasedStateMachine):
         else:
             self.planner.add(job, self.now_s)
 
+    @rule(seed=seeds, number=st.integers(2, 8))
+    def crowd(self, seed, number):
+        dice = random.Random(seed)
+        longest = dice.choice([4, 40])
+        for _ in range(number):
+            self.arrive(
+                prompt=dice.randint(1, longest),
+                output=dice.randint(1, 30),
+                priority=dice.choice([-1, 0, 0, 0, 0, 1]),
+                adapter=dice.randint(0, 3),
+                cached=dice.randint(0, 39),
+                blocked=False,
+            )
+
+    @rule(seed=seeds, number=st.integers(2, 24), length=ticks)
+    def steps(self, seed, number, length):
+        """Steps with room for tokens; memory is what binds."""
+        dice = random.Random(seed)
+        options = {"batch_limit": dice.randint(2, 6), "token_budget": dice.choice([16, 64])}
+        for _ in range(number):
+            self.run_step(options, length if dice.random() < 0.8 else 4 * length)
+
     @rule(options=step_options(), length=ticks, misses=st.booleans(), pick=picks)
     def step(self, options, length, misses, pick):
         """A step; now and then the host does not run a job of the batch."""
@@ -97,13 +148,16 @@ class PolicyMachine(RuleBasedStateMachine):
         """The whole life of a step: observe, plan, apply, run."""
         self.observe()
         plan, limits, states = self.plan(options)
-        resident = [job for job in plan.batch if states[job] in RESIDENT]
+        entering = self.host.returned
+        resident = [j for j in plan.batch if states[j] in RESIDENT and j not in entering]
         missed = [job for job in plan.batch if misses(job)]
-        self.host.apply(plan)
+        self.host.move(plan, self.planner, self.now_s)
         for job in self.host.run(plan, self.planner, limits, resident, missed):
             self.remove(job)
+        missed = [job for job in missed if job not in self.host.refused]
         for number, job in enumerate(missed):
             self.miss(job, resident=job in resident, blocked=number % 4 == 3)
+        self.host.step_copies(self.planner, self.now_s)
         self.now_s += length * TICK_S
         self.unobserved_s += length * TICK_S
 
@@ -120,12 +174,22 @@ class PolicyMachine(RuleBasedStateMachine):
     def abort(self, pick):
         self.remove_some(pick, *JobState)
 
+    @rule(pick=picks, spills=st.booleans())
+    def host_preempts(self, pick, spills=True):
+        """The host gives up KV cache by itself, or loses what is on its way."""
+        if job := self.some(pick, *RESIDENT, *MOVING, JobState.SWAPPED):
+            spills = spills and job.state in RESIDENT and self.mode != "recompute"
+            if spills and self.host.has_host_room(job):
+                self.host.leave(job)
+            else:
+                spills = False
+                self.host.drop(job)
+            self.planner.evict(job, self.now_s, spilled=spills)
+
+    @precondition(lambda self: self.host.copies)
     @rule(pick=picks)
-    def host_preempts(self, pick):
-        """The host gives up a resident's KV cache by itself."""
-        if job := self.some(pick, *RESIDENT):
-            self.host.drop(job)
-            self.planner.evict(job, self.now_s)
+    def copy_fails(self, pick):
+        pick.choice(self.host.copies).fails = True
 
     @rule(pick=picks)
     def block(self, pick):
@@ -173,7 +237,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy.compare()
         assert sum(self.planner.state_counts().values()) == len(self.planner)
         assert len(self.planner) == self.arrived - self.left
-        assert self.host.free_blocks(self.planner) >= 0
+        self.host.check_integrity(self.planner)
 
     def plan(self, options) -> tuple[StepPlan, StepLimits, dict[Job, JobState]]:
         """Plan a step, and check the plan; returns also the states before it."""
@@ -183,46 +247,66 @@ class PolicyMachine(RuleBasedStateMachine):
         expected = reference_plan(self.planner.jobs, limits, self.host)
         plan = self.planner.plan(limits, self.now_s)
         declined -= sum(self.planner.counters.declined.values())
-        assert list(plan.batch) == expected.batch
-        assert list(plan.recomputed) == expected.recomputed
+        self.check_expected(plan, expected)
         self.check_states(plan, states)
-        self.check_victims(plan, states)
+        self.check_victims(plan, expected, states)
         self.check_limits(plan, limits, states)
         self.check_order(plan, limits, expected)
         if not declined:
-            self.check_work_conserving(plan, limits, states)
+            self.check_work_conserving(expected, limits, states)
         return plan, limits, states
+
+    def check_expected(self, plan, expected: ReferencePlan):
+        """The batch and the victims are those of the naive walk, but for whom leaves ahead."""
+        spilled = [job for job in expected.recomputed if job in plan.spilled]
+        given_up = [job for job in expected.recomputed if job not in plan.spilled]
+        assert list(plan.spilled) == spilled
+        assert list(plan.recomputed[: len(given_up)]) == given_up
+        dropped = plan.recomputed[len(given_up) :]
+        gone = {*plan.swapped_out, *dropped}
+        assert len(gone) == len(plan.swapped_out) + len(dropped)
+        assert list(plan.batch) == [job for job in expected.batch if job not in gone]
+        assert self.mode != "recompute" or not plan.spilled
+        assert self.mode == "proactive" or not (gone or plan.swapped_in)
+        if expected.batch:
+            assert min(expected.batch, key=by_key) not in gone, "the first one stays"
 
     def check_states(self, plan, states):
         """The plan's lists agree with the state changes, and with nothing else."""
         after = {job: job.state for job in self.planner.jobs}
-        batch, started, paused = set(plan.batch), set(plan.started), set(plan.paused)
-        recomputed = set(plan.recomputed)
-        assert len(batch) == len(plan.batch)
-        assert len(started) == len(plan.started)
-        assert len(paused) == len(plan.paused)
-        assert batch == {job for job in after if after[job] is JobState.RUNNING}
-        assert started == {job for job in batch if states[job] is not JobState.RUNNING}
+        lists = {
+            JobState.RUNNING: plan.batch,
+            JobState.PAUSED: plan.paused,
+            JobState.SWAPPING_OUT: plan.swapped_out,
+            JobState.SWAPPING_IN: plan.swapped_in,
+        }
+        where = JobState.SWAPPED if self.mode == "proactive" else JobState.QUEUED
+        named = {job: state for state, jobs in lists.items() for job in jobs}
+        named |= dict.fromkeys(plan.recomputed, JobState.QUEUED)
+        named |= dict.fromkeys(plan.spilled, where)
+        assert len(named) == sum(map(len, [*lists.values(), plan.recomputed, plan.spilled]))
+        assert after == states | named
+        assert len(plan.started) == len(set(plan.started))
+        assert all(named.get(j, after[j]) in RESIDENT for j in plan.saved)
         ran = {job for job in after if states[job] is JobState.RUNNING}
-        assert paused == ran - batch - recomputed
-        assert all(after[job] is JobState.PAUSED for job in paused)
-        assert all(after[job] is JobState.QUEUED for job in recomputed)
-        for job in after.keys() - batch - paused - recomputed:
-            assert after[job] is states[job]
+        assert set(plan.started) == set(plan.batch) - ran
+        assert {job for job in after if after[job] is JobState.RUNNING} == set(plan.batch)
+        assert set(plan.paused) <= ran
+        assert all(states[job] in RESIDENT for job in plan.swapped_out)
+        assert all(states[job] is JobState.SWAPPED for job in plan.swapped_in)
 
-    def check_victims(self, plan, states):
+    def check_victims(self, plan, expected: ReferencePlan, states):
         """A victim had KV cache and comes after a job of the batch that needed its room."""
-        if not plan.recomputed:
+        assert all(states[job] in RESIDENT for job in (*plan.recomputed, *plan.spilled))
+        if not expected.recomputed:
             return
-        assert all(states[job] in RESIDENT for job in plan.recomputed)
-        assert not set(plan.batch) & set(plan.recomputed)
         needy = [
             job
-            for job in plan.batch
+            for job in expected.batch
             if states[job] is JobState.QUEUED or self.host.new_blocks(job) > 0
         ]
         first = min(needy, key=by_key)
-        assert all(first.key < victim.key for victim in plan.recomputed)
+        assert all(first.key < victim.key for victim in expected.recomputed)
 
     def check_limits(self, plan, limits, states):
         """No limit is exceeded; blocks and tokens are checked again by the host, job by job."""
@@ -243,31 +327,44 @@ class PolicyMachine(RuleBasedStateMachine):
             return
         last, batch = max(job.key for job in plan.batch), set(plan.batch)
         queued, turned_away = set(queued_jobs(self.planner)), False
+        victims = set(expected.recomputed)
+        gone = {*plan.swapped_out, *plan.recomputed} - victims
         for job in sorted(expected.verdicts, key=by_key):
             turned_away |= job is expected.partial
-            if job in batch or job.key > last:
+            if job in batch or job.key > last or job in gone:
                 continue
             if expected.verdicts[job] is Verdict.DECLINED:
                 turned_away |= job in queued
                 continue
             assert expected.verdicts[job] is Verdict.SKIPPED
             in_flight = limits.overlapping and job in self.host.stalled
-            assert in_flight or job in plan.recomputed or (turned_away and job in queued)
+            assert in_flight or job in victims or (turned_away and job in queued)
 
-    def check_work_conserving(self, plan, limits, states):
-        """I9: where nobody was declined, the batch is the first of the jobs that are ready."""
+    def check_work_conserving(self, expected, limits, states):
+        """I9: where nobody was declined, the batch is the first of the jobs that are ready.
+
+        But for those that leave ahead of need, whose places stay empty in this step, and for those
+        without KV cache behind one that has to come back: it has been promised the room.
+        """
+        swapped = [job.key for job, state in states.items() if state is JobState.SWAPPED]
         ready = [
             job
             for job, state in states.items()
-            if state is not JobState.BLOCKED
+            if state in (*RESIDENT, JobState.QUEUED)
             and not (limits.overlapping and job in self.host.stalled)
             and (limits.admit_queued or state in RESIDENT or self.host.holds_kv(job))
-            and job not in plan.recomputed
+            and (
+                state in RESIDENT
+                or self.host.holds_kv(job)
+                or not swapped
+                or job.key < min(swapped)
+            )
+            and job not in expected.recomputed
         ]
         first = sorted(ready, key=by_key)[: limits.batch_limit]
         wanted = sum(min(job.next_tokens, limits.prefill_chunk) for job in first)
         if wanted <= limits.token_budget:
-            assert sorted(plan.batch, key=by_key) == first
+            assert sorted(expected.batch, key=by_key) == first
 
     # ---- helpers --------------------------------------------------------------------------
 
@@ -288,6 +385,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     def remove(self, job):
         self.planner.remove(job)
+        self.host.drop(job)
         self.host.stalled.discard(job)
         self.left += 1
 
@@ -299,7 +397,11 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy.starvation_limit_s = None
         for job in [job for job in self.planner.jobs if job.state is JobState.BLOCKED]:
             self.planner.unblock(job, self.now_s)
-        steps = 10 * sum(job.handle.prompt + job.handle.output for job in self.planner.jobs)
+        steps = (
+            10
+            * (1 + self.host.copy_steps)
+            * sum(job.handle.prompt + job.handle.output for job in self.planner.jobs)
+        )
         while len(self.planner) and steps:
             self.run_step({"batch_limit": 3, "token_budget": 16}, length=4)
             self.integrity()
@@ -314,3 +416,63 @@ PolicyMachine.TestCase.settings = settings(
     max_examples=300, stateful_step_count=40, report_multiple_bugs=False
 )
 TestPolicyMachine = PolicyMachine.TestCase
+
+
+def busy_trace(seed: int, mode: str) -> PolicyMachine:
+    """A machine driven through a few hundred events that keep the device short of memory."""
+    dice = random.Random(f"{mode} {seed}")
+    machine = PolicyMachine()
+    machine.build(
+        base=dice.randint(1, 8),
+        levels=dice.randint(2, 6),
+        steady=dice.choice([2, 6]),
+        pressure=dice.randint(0, 4),
+        limit=dice.choice([None, 64, 256]),
+        promotions=dice.choice([None, 1, 2]),
+        skip_join=dice.random() < 0.5,
+        blocks=dice.randint(18, 50),
+        slots=dice.choice([None, None, 3, 8]),
+        headroom=dice.randint(0, 2),
+        mode=mode,
+        host={
+            "host_blocks": dice.choice([0, 12, 40, 1000, 1000]),
+            "copy_steps": dice.randint(0, 4),
+            "block_copy_s": dice.choice([0.0, TICK_S / 64, TICK_S / 4]),
+            "token_s": dice.choice([0.0, TICK_S / 4, 4 * TICK_S]),
+        },
+    )
+    options = {"batch_limit": dice.randint(2, 6), "token_budget": dice.choice([16, 64])}
+    others = [machine.abort, machine.host_preempts, machine.block, machine.stall]
+    for _ in range(300):
+        event = dice.random()
+        if event < 0.05 and len(machine.planner) < 30:
+            machine.crowd(seed=dice.randrange(1 << 16), number=dice.randint(2, 8))
+        elif event < 0.07:
+            dice.choice(others)(pick=dice)
+        elif event < 0.09:
+            machine.unblock(pick=dice, loaded=dice.random() < 0.5)
+            machine.host.stalled.clear()
+        elif event < 0.10 and machine.host.copies:
+            machine.copy_fails(pick=dice)
+        else:
+            narrow = {"overlapping": dice.random() < 0.3, "admit_queued": dice.random() < 0.97}
+            machine.run_step(options | narrow, dice.randint(1, 6))
+        machine.integrity()
+    return machine
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_busy_traces(mode):
+    """The laws hold where memory is always short, and the traces do what they are meant to do."""
+    moved = Counter()
+    for seed in range(12):
+        machine = busy_trace(seed, mode)
+        machine.teardown()
+        counters = machine.planner.counters
+        moved.update(
+            recomputed=counters.recomputed,
+            spilled=counters.spilled,
+            swapped_out=counters.swapped_out,
+            swapped_in=counters.swapped_in,
+        )
+    print(mode, moved)

@@ -10,7 +10,11 @@ import fastserve_vllm
 
 PACKAGE = Path(fastserve_vllm.__file__).parent
 POLICY = sorted(f"fastserve_vllm.policy.{path.stem}" for path in PACKAGE.glob("policy/[a-z]*.py"))
-PURE = ["fastserve_vllm", "fastserve_vllm.config", "fastserve_vllm.metrics", *POLICY]
+KV_SWAP = [
+    f"fastserve_vllm.kv_swap.{name}"
+    for name in "counters host_copy host_pool in_flight manager swap_plan transfers".split()
+]
+PURE = ["fastserve_vllm", "fastserve_vllm.config", "fastserve_vllm.metrics", *KV_SWAP, *POLICY]
 
 BLOCKED = """
 import sys

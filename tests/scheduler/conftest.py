@@ -19,13 +19,13 @@ PROFILE = (
 def make_engine(tiny_model, tmp_path):
     """Builds an engine: `make_engine(max_num_seqs=2, num_blocks=9, fastserve={...})`."""
 
-    def build(num_blocks=1024, fastserve=None, stock=False, **args):
+    def build(num_blocks=1024, fastserve=None, stock=False, copy_steps=0, **args):
         profile = tmp_path / "profile.json"
         profile.write_text(PROFILE)
         settings = {"step_time_profile": str(profile), **(fastserve or {})}
         args.setdefault("max_num_seqs", 2)
         config = vllm_config(str(tiny_model), None if stock else settings, **args)
         make = config.scheduler_config.get_scheduler_cls() if stock else None
-        return ModelFreeEngine(config, num_blocks=num_blocks, make=make)
+        return ModelFreeEngine(config, num_blocks, make, copy_steps=copy_steps)
 
     return build

@@ -1,0 +1,454 @@
+"""ENST, who leaves and who comes back ahead of need, and the room that is kept for arrivals."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from fake_host import TICK_S, make_job
+from fake_swap import SwapStage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import by_key, naive_enst_s, naive_execute_s
+
+from fastserve_vllm.policy.base import Fcfs
+from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.mlfq import SkipJoinMlfq
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.quantum import QuantumLadder
+from fastserve_vllm.policy.queues import ReadyQueue
+from fastserve_vllm.policy.swap import BurstReserve, SwapDecision, SwapPlanner
+
+seeds = st.integers(0, 1 << 30)
+
+
+def join_at(policy: SkipJoinMlfq, level: int, now_s: float = 0.0, priority: int = 0) -> Job:
+    """A waiting job of that level."""
+    job = make_job(f"{policy._num_jobs}", priority=priority)
+    job.first_step_s = policy.ladder.base_s * policy.ladder.ratio**level
+    policy.join(job, now_s)
+    assert job.level == level
+    return job
+
+
+class TestEnst:
+    def test_a_small_example(self):
+        """Quanta 1, 2, 4 s and a batch of 2; two jobs at level 0, one at 1, one at 2, one at 3.
+
+        Level 0 waits for nobody. Level 1 waits until both of level 0 have had 1 s: 2 * 1 / 2.
+        Level 2: both have 1 + 2 s, the one of level 1 has 2 s: (2 * 3 + 2) / 2. Level 3: 1 + 2 + 4
+        twice, 2 + 4, and 4: (14 + 6 + 4) / 2.
+        """
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4))
+        for level in (0, 0, 1, 2, 3):
+            join_at(policy, level)
+        assert policy.execute_s(2) == [0.0, 1.0, 4.0, 12.0]
+
+    def test_nobody_above_is_nothing_to_wait_for(self):
+        """Jobs of the same level and of those below count for nothing."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4))
+        for level in (2, 2, 3):
+            join_at(policy, level)
+        assert policy.execute_s(1) == [0.0, 0.0, 0.0, 8.0]
+
+    def test_promotion_comes_first_where_it_is_sooner(self):
+        """ENST is the smaller of both times; a promotion that is overdue is now."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4), starvation_limit_s=5.0)
+        swap, _, swapped = make_swap(policy)
+        for _ in range(4):
+            join_at(policy, 0)
+        job = wait(join_at(policy, 2, now_s=1.0), JobState.SWAPPED)
+        swapped.push(job)
+        enst_s = []
+        for now_s in (1.0, 4.0, 6.0, 9.0):
+            swap.decide((), 0, 0, now_s)
+            enst_s.append(swap.enst_s(job))
+        assert enst_s == [5.0, 2.0, 0.0, 0.0]
+        policy.starvation_limit_s = None
+        swap.decide((), 0, 0, 9.0)
+        assert (policy.promote_s(job, 9.0), swap.enst_s(job)) == (math.inf, 12.0)
+
+    @settings(max_examples=100)
+    @given(seed=seeds)
+    def test_it_is_the_formula_of_the_paper(self, seed):
+        """Any ladder, any levels, any batch: the double sum, and the time until promotion."""
+        dice = random.Random(seed)
+        num_levels = dice.randint(1, 8)
+        ladder = QuantumLadder(dice.choice([0.01, 1.0, 3.0]), dice.choice([1.5, 2.0]), num_levels)
+        limit_s = dice.choice([None, 0.5, 20.0])
+        policy = SkipJoinMlfq(ladder, starvation_limit_s=limit_s, steady_levels=dice.randint(1, 8))
+        jobs = [
+            join_at(policy, dice.randrange(num_levels), float(dice.randint(0, 30)))
+            for _ in range(dice.randint(0, 30))
+        ]
+        for job in dice.sample(jobs, len(jobs) // 4):
+            policy.leave(job)
+            jobs.remove(job)
+        batch = dice.randint(1, 9)
+        times = policy.execute_s(batch)
+        for level in range(num_levels):
+            assert times[level] == pytest.approx(naive_execute_s(ladder, jobs, level, batch))
+        for job in jobs:
+            expected = math.inf if limit_s is None else limit_s - (40.0 - job.waiting_since_s)
+            assert policy.promote_s(job, 40.0) == max(expected, 0.0)
+
+    def test_policies_without_levels_know_none(self):
+        """Arrival order alone decides where there is one level."""
+        policy, job = Fcfs(), make_job("a")
+        policy.join(job, 0.0)
+        assert (policy.execute_s(4), policy.promote_s(job, 1e9)) == ((0.0,), math.inf)
+        assert (policy.next_promoted(4), policy.turn_s(job)) == ((), math.inf)
+
+
+class Room:
+    """A `SwapDemand`: every job is one block, and copies cost nothing. Counts the questions."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.stuck: set[Job] = set()
+        self.full = False
+        self.wanted = 1
+
+    def new_blocks(self, job: Job) -> int:
+        self.calls += 1
+        return self.wanted
+
+    def freed_blocks(self, job: Job) -> int | None:
+        self.calls += 1
+        return None if job in self.stuck else 1
+
+    def out_s(self, job: Job) -> float:
+        self.calls += 1
+        return 0.0
+
+    in_s = out_s
+
+    def recompute_s(self, job: Job) -> float:
+        self.calls += 1
+        return 1.0
+
+    def unsaved_blocks(self, job: Job) -> int:
+        self.calls += 1
+        return 1
+
+    def has_host_room(self, job: Job) -> bool:
+        self.calls += 1
+        return not self.full
+
+
+def make_swap(policy, demand=None, device_blocks: int = 1 << 20):
+    """A swap planner and its two queues."""
+    paused, swapped = ReadyQueue(), ReadyQueue()
+    return (
+        SwapPlanner(policy, demand or Room(), device_blocks, paused, swapped),
+        paused,
+        swapped,
+    )
+
+
+def wait(job: Job, state: JobState) -> Job:
+    job.state = state
+    return job
+
+
+class Crowd:
+    """Jobs on the device and on the host, whose queues have lived through random changes.
+
+    Times are exact, so that those of the reference are equal and not just near.
+    """
+
+    def __init__(self, seed: int, *, classes: int = 2) -> None:
+        self.dice = random.Random(seed)
+        self.policy = SkipJoinMlfq(
+            QuantumLadder(1.0, 2.0, self.dice.randint(1, 6)),
+            starvation_limit_s=self.dice.choice([None, 8.0, 64.0]),
+            steady_levels=self.dice.randint(1, 6),
+            max_promotions=self.dice.choice([None, 1]),
+        )
+        self.classes = classes
+        self.demand = Room()
+        self.swap, self.paused, self.swapped = make_swap(self.policy, self.demand)
+        self.jobs: list[Job] = []
+        self.running: list[Job] = []
+        self.now_s = 0.0
+        for _ in range(self.dice.choice([20, 400])):
+            self.change()
+
+    def change(self) -> None:
+        """Something happens to some job."""
+        self.now_s += self.dice.randint(0, 3) / 4
+        happen = self.dice.choices(
+            [self.arrive, self.run, self.stop, self.move, self.leave, self.promote, self.charge],
+            [6, 3, 3, 3, 1, 1, 2],
+        )
+        happen[0]()
+
+    def some(self, *states: JobState) -> list[Job]:
+        found = [job for job in self.jobs if job.state in states]
+        return self.dice.sample(found, min(len(found), 1))
+
+    def arrive(self) -> None:
+        level, priority = self.dice.randrange(self.policy.num_levels), 0
+        priority = self.dice.randrange(self.classes)
+        job = join_at(self.policy, level, self.now_s, priority)
+        self.jobs.append(job)
+        self.settle(job)
+
+    def settle(self, job: Job) -> None:
+        """It waits on the device."""
+        job.state = JobState.PAUSED
+        self.paused.push(job)
+        self.swap.paused(job)
+
+    def run(self) -> None:
+        for job in self.some(JobState.PAUSED):
+            self.paused.discard(job)
+            self.policy.start(job)
+            job.state = JobState.RUNNING
+
+    def stop(self) -> None:
+        for job in self.some(JobState.RUNNING):
+            self.policy.stop(job, self.now_s)
+            self.settle(job)
+
+    def move(self) -> None:
+        """To the host, or back from there."""
+        for job in self.some(JobState.PAUSED, JobState.SWAPPED):
+            if job.state is JobState.PAUSED:
+                self.paused.discard(job)
+                job.state = JobState.SWAPPED
+                self.swapped.push(job)
+            else:
+                self.swapped.discard(job)
+                self.settle(job)
+
+    def leave(self) -> None:
+        for job in self.some(*JobState):
+            self.forget(job)
+
+    def promote(self) -> None:
+        for job in self.policy.promote_starved(self.now_s):
+            job.ticket[2].push(job)
+            if job.state is JobState.PAUSED:
+                self.swap.paused(job)
+
+    def charge(self) -> None:
+        self.policy.charge(self.dice.randint(1, 8) / 4)
+
+    def batch(self) -> list[Job]:
+        return sorted((j for j in self.jobs if j.state is JobState.RUNNING), key=by_key)
+
+    def enst_s(self, job: Job, batch: int) -> float:
+        return naive_enst_s(self.policy, self.jobs, job, batch, self.now_s)
+
+    def forget(self, job: Job) -> None:
+        self.policy.leave(job)
+        self.paused.discard(job)
+        self.swapped.discard(job)
+        job.state = JobState.BLOCKED
+        self.jobs.remove(job)
+
+    def sent_away(self) -> list[Job]:
+        """Who leaves for a job that goes before all others and needs more room than there is."""
+        job = join_at(self.policy, 0, self.now_s, priority=-1)
+        self.jobs.append(job)
+        job.state = JobState.SWAPPED
+        self.swapped.push(job)
+        self.demand.wanted = 1 << 30
+        self.expected = largest_first(self)
+        self.enst_then = {j: self.enst_s(j, max(len(self.batch()), 1)) for j in self.jobs}
+        gone = self.swap.decide(self.batch(), 0, 0, self.now_s).swapped_out
+        self.forget(job)
+        return gone
+
+
+def largest_first(crowd: Crowd) -> list[Job]:
+    """All who may leave, the slow and obvious way; those that wait before those that run."""
+    batch = crowd.batch()
+    size = max(len(batch), 1)
+    leavers = [job for job in crowd.jobs if job.state is JobState.PAUSED] + batch[1:]
+    return sorted(
+        leavers,
+        key=lambda j: (j.priority, crowd.enst_s(j, size), j.state is JobState.PAUSED, j.key),
+        reverse=True,
+    )
+
+
+def ranks(crowd: Crowd, jobs: list[Job]) -> list[object]:
+    """What the order goes by. With promotion, ties within a level may fall either way."""
+    tied = crowd.policy.starvation_limit_s is not None
+    return [(job.priority, crowd.enst_then[job], None if tied else job.key) for job in jobs]
+
+
+class TestOrder:
+    @settings(max_examples=150)
+    @given(seed=seeds)
+    def test_the_largest_enst_leaves_first(self, seed):
+        """Of all jobs on the device, whatever happened to them before; priority goes first."""
+        crowd = Crowd(seed)
+        for _ in range(3):
+            gone = crowd.sent_away()
+            assert set(gone) == set(crowd.expected)
+            assert ranks(crowd, gone) == ranks(crowd, crowd.expected)
+            for job in gone:
+                if job.state is JobState.RUNNING:
+                    crowd.policy.stop(job, crowd.now_s)
+                crowd.settle(job)
+            for job in crowd.dice.sample(gone, len(gone) // 2):
+                crowd.forget(job)
+            for _ in range(10):
+                crowd.change()
+
+    @settings(max_examples=150)
+    @given(seed=seeds)
+    def test_the_smallest_enst_comes_back_first(self, seed):
+        """Of all jobs on the host; a promotion counts once only three others come before it."""
+        crowd = Crowd(seed, classes=1)
+        batch = crowd.batch()
+        size = max(len(batch), 1)
+        while away := [job for job in crowd.jobs if job.state is JobState.SWAPPED]:
+            enst_s = {job: crowd.enst_s(job, size) for job in away}
+            (back,) = crowd.swap.decide(batch, 1, 0, crowd.now_s).swapped_in
+            if set(crowd.policy.next_promoted(4)) & set(away):
+                assert enst_s[back] == min(enst_s.values())
+            else:
+                assert back is min(away, key=by_key)
+            crowd.forget(back)
+
+    @settings(max_examples=50)
+    @given(seed=seeds)
+    def test_the_more_urgent_class_comes_back_first(self, seed):
+        """Whatever the ENST is."""
+        crowd = Crowd(seed, classes=3)
+        away = [job for job in crowd.jobs if job.state is JobState.SWAPPED]
+        back = crowd.swap.decide(crowd.batch(), len(away), 0, crowd.now_s).swapped_in
+        assert [job.priority for job in back] == sorted(job.priority for job in away)
+        assert set(back) == set(away)
+
+    def test_the_first_of_the_batch_never_leaves(self):
+        """Whoever runs first goes on, so something always moves forward."""
+        crowd = Crowd(3)
+        crowd.run()
+        first = crowd.batch()[0]
+        assert first not in crowd.sent_away()
+
+    def test_who_is_stuck_stays(self):
+        """A job whose blocks a step in flight writes is passed over."""
+        crowd = Crowd(5)
+        crowd.demand.stuck = {job for job in crowd.jobs if job.level % 2}
+        gone = crowd.sent_away()
+        assert gone
+        assert set(gone) == set(crowd.expected) - crowd.demand.stuck
+
+
+class TestCost:
+    """Questions to the policy and the host, counted: wall time would be noise."""
+
+    def decide(self, waiting: int, *, idle_blocks: int) -> int:
+        """Questions of one decision that moves a few of `waiting` jobs."""
+        crowd = Crowd(1)
+        crowd.policy = CountingMlfq(QuantumLadder(1.0, 2.0, 6), starvation_limit_s=64.0)
+        crowd.swap, crowd.paused, crowd.swapped = make_swap(crowd.policy, crowd.demand)
+        for number in range(waiting):
+            crowd.arrive()
+            if number % 2:
+                job = crowd.jobs[-1]
+                crowd.paused.discard(job)
+                job.state = JobState.SWAPPED
+                crowd.swapped.push(job)
+        last = join_at(crowd.policy, 5)
+        crowd.settle(last)
+        crowd.demand.calls = crowd.policy.calls = 0
+        crowd.demand.wanted = 4
+        decision = crowd.swap.decide((), idle_blocks, 0, 1.0)
+        assert decision.swapped_in or decision.swapped_out
+        return crowd.demand.calls + crowd.policy.calls
+
+    @pytest.mark.parametrize("idle_blocks", [0, 8])
+    def test_a_decision_asks_about_few_jobs(self, idle_blocks):
+        """Twenty times the jobs on the host and on the device: not one question more."""
+        few, many = (self.decide(n, idle_blocks=idle_blocks) for n in (200, 4000))
+        assert 0 < many <= few + 8
+        assert few < 150
+
+    def test_no_decision_asks_nothing(self):
+        """Where nobody is on the host and memory is idle, there is nothing to decide."""
+        policy = CountingMlfq(QuantumLadder(1.0, 2.0, 6), starvation_limit_s=64.0)
+        demand = Room()
+        swap, *_ = make_swap(policy, demand)
+        assert swap.decide((), 4, 0, 0.0) == SwapDecision()
+        assert demand.calls == policy.calls == 0
+
+
+class CountingMlfq(SkipJoinMlfq):
+    """Counts the questions about single jobs."""
+
+    calls = 0
+
+    def promote_s(self, job: Job, now_s: float) -> float:
+        self.calls += 1
+        return super().promote_s(job, now_s)
+
+    def turn_s(self, job: Job) -> float:
+        self.calls += 1
+        return super().turn_s(job)
+
+    def next_promoted(self, limit: int):
+        found = super().next_promoted(limit)
+        self.calls += len(found)
+        return found
+
+
+class TestReserve:
+    def blocks(self, reserve: BurstReserve, *arrivals: int) -> list[int]:
+        """The reserve after each step."""
+        readings = []
+        for blocks in arrivals:
+            reserve.step(blocks)
+            readings.append(reserve.blocks)
+        return readings
+
+    def test_it_is_empty_where_nothing_arrives(self):
+        """No constant is kept back."""
+        assert self.blocks(BurstReserve(), *[0] * 10) == [0] * 10
+
+    def test_it_follows_a_burst(self):
+        """What arrives within the window adds up; an older arrival does not."""
+        reserve = BurstReserve(window=3, half_life=1 << 60)
+        assert self.blocks(reserve, 0, 5, 2, 1, 4) == [0, 5, 7, 8, 8]
+        assert self.blocks(reserve, 9) == [14]
+
+    def test_it_forgets_by_half(self):
+        """Half of it is gone after a half-life, and all of it in the end."""
+        reserve = BurstReserve(window=2, half_life=64)
+        self.blocks(reserve, 128, 0)
+        assert abs(self.blocks(reserve, *[0] * 64)[-1] - 64) <= 1
+        assert self.blocks(reserve, *[0] * 640)[-1] == 0
+
+    def test_a_smaller_burst_does_not_shrink_it(self):
+        """The largest recent burst counts."""
+        reserve = BurstReserve(window=2, half_life=1 << 60)
+        assert self.blocks(reserve, 50, 0, 0, 3, 0)[-1] == 50
+
+    def test_it_is_a_quarter_of_the_device_at_most(self):
+        """However large a burst was."""
+        swap, *_ = make_swap(SkipJoinMlfq(QuantumLadder(1.0)), device_blocks=100)
+        swap.reserve.step(10_000)
+        assert swap.reserved_blocks == 25
+        swap, *_ = make_swap(SkipJoinMlfq(QuantumLadder(1.0)), device_blocks=100)
+        swap.reserve.step(7)
+        assert swap.reserved_blocks == 7
+
+    def test_the_planner_tells_it_of_arrivals(self):
+        """Prompts that arrive are counted in blocks, once; those that go on are not."""
+        stage = SwapStage(num_blocks=100, host_blocks=100)
+        for name, prompt in zip("abc", (8, 3, 20), strict=True):
+            stage.add(name, prompt=prompt)
+        stage.step()
+        assert stage.planner.ahead.reserved_blocks == 3 + 1 + 6
+        for _ in range(6):
+            stage.step()
+        assert stage.planner.ahead.reserved_blocks <= 3 + 1 + 6
+        stage.add("d", prompt=80)
+        stage.step()
+        assert stage.planner.ahead.reserved_blocks == 21

@@ -16,7 +16,7 @@ from benchmarks.alone import Alone
 from benchmarks.engine import VIRTUAL_ARGUMENTS, in_process_engine, scheduler_of
 from benchmarks.machine import Interference
 from benchmarks.meter import StepMeter, StepTime, WallTime, increase
-from benchmarks.metrics import Figures, figures_of, swap_figures
+from benchmarks.metrics import Figures, figures_of, preemption_figures, swap_figures
 from benchmarks.plan import Plan
 from benchmarks.records import digest_of_run, request_digests
 from benchmarks.report import RunResult
@@ -64,18 +64,19 @@ class _Measured:
             figures={
                 **figures_of(records, plan.alone or self.alone),
                 "step_ms": _steps_ms(self.served.step_s),
-                **swap_figures(counters, sum(self.served.step_s)),
+                "preemptions": preemption_figures(counters),
+                "swaps": swap_figures(counters, sum(self.served.step_s)),
+                "tokens_recomputed": counters["tokens_recomputed"],
             },
             output_digest=digest_of_run(records),
             request_digests=request_digests(records),
             counters=counters,
             wall={
                 "duration_s": self.wall_s,
-                "step_ms": 1000 * self.wall_s / steps,
                 # What other processes on a busy machine take away does not count here.
                 "cpu_step_ms": 1000 * self.cpu_s / steps,
-                **self.interference,
                 "scheduler_step_ms": 1000 * scheduler_s / steps,
+                **self.interference,
             },
             alone=self.alone,
         )

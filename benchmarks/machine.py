@@ -56,25 +56,6 @@ def _session_of(process: int) -> int | None:
         return None
 
 
-def _run_delay_s(self) -> float | None:
-    try:
-        return sum(_run_delay_s(process) for process in self._processes)
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def processes_of_session(session: int) -> list[int]:
-    """Ids of the processes of a session: of its leader and of what that started."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getsid(int(entry.name)) == session:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
 def _run_delay_s(process: int) -> float:
     """Seconds that a process's main thread has waited for a core."""
     return int(Path(f"/proc/{process}/schedstat").read_text(encoding="ascii").split()[1]) / 1e9

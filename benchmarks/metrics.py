@@ -114,31 +114,32 @@ def _slowdown_by_bucket(records: Sequence[RequestRecord], alone_s: AloneSeconds)
     return buckets
 
 
+def preemption_figures(counters: Mapping[str, Any]) -> Figures:
+    """Preemptions by kind."""
+    return {
+        "paused": counters.get("paused", 0),
+        "recomputed": counters.get("recomputed", 0),
+        "by_vllm": counters.get("vllm_preemptions", 0),
+    }
+
+
 def swap_figures(counters: Mapping[str, Any], stepping_s: float) -> Figures:
-    """Preemptions by kind and what KV swap cost; `stepping_s` seconds were spent in steps."""
+    """What KV swap moved and what it cost; `stepping_s` seconds were spent in steps."""
     swap = counters.get("swap", {})
     copied = swap.get("bytes", {})
     waited_s = swap.get("waited_s", 0.0)
     return {
-        "preemptions": {
-            "paused": counters.get("paused", 0),
-            "recomputed": counters.get("recomputed", 0),
-            "by_vllm": counters.get("vllm_preemptions", 0),
-        },
-        "swaps": {
-            "outs_ahead": swap.get("outs", 0) - swap.get("urgent_outs", 0),
-            "outs_urgent": swap.get("urgent_outs", 0),
-            "ins_ahead": swap.get("ins", 0) - swap.get("urgent_ins", 0),
-            "ins_urgent": swap.get("urgent_ins", 0),
-            "mib_out": copied.get("out", 0) / (1 << 20),
-            "mib_in": copied.get("in", 0) / (1 << 20),
-            # Of the blocks that left the device, those that had to be copied to the host.
-            "first_out_copied": _share(swap, "first_out_copied", "first_out_blocks"),
-            "again_out_copied": _share(swap, "again_out_copied", "again_out_blocks"),
-            "copy_wait_ms": 1000 * waited_s,
-            "copy_wait_share": waited_s / stepping_s if stepping_s else 0.0,
-        },
-        "tokens_recomputed": counters.get("tokens_recomputed", 0),
+        "outs_ahead": swap.get("outs", 0) - swap.get("urgent_outs", 0),
+        "outs_urgent": swap.get("urgent_outs", 0),
+        "ins_ahead": swap.get("ins", 0) - swap.get("urgent_ins", 0),
+        "ins_urgent": swap.get("urgent_ins", 0),
+        "mib_out": copied.get("out", 0) / (1 << 20),
+        "mib_in": copied.get("in", 0) / (1 << 20),
+        # Of the blocks that left the device, those that had to be copied to the host.
+        "first_out_copied": _share(swap, "first_out_copied", "first_out_blocks"),
+        "again_out_copied": _share(swap, "again_out_copied", "again_out_blocks"),
+        "copy_wait_ms": 1000 * waited_s,
+        "copy_wait_share": waited_s / stepping_s if stepping_s else 0.0,
     }
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from benchmarks import alone
 from benchmarks.http_client import Sent, bench_serve
 from benchmarks.http_dataset import write_dataset
+from benchmarks.http_metrics import read_counters
 from benchmarks.http_server import Server, serving
 from benchmarks.machine import Interference, processes_of_session
-from benchmarks.metrics import figures_of
+from benchmarks.meter import increase
+from benchmarks.metrics import figures_of, preemption_figures
 from benchmarks.plan import Plan
 from benchmarks.records import digest_of_run, request_digests
 from benchmarks.report import RunResult
@@ -56,17 +58,23 @@ def run_point(plan: Plan, folder: Path) -> RunResult:
         if idle is None:
             sent = bench.send(alone.alone_requests(), f"alone-{plan.seed}", one_by_one=True)
             idle = alone.measured(sent.records)
+        before = read_counters(server.base_url)
         interference = Interference(processes_of_session(server.session))
         sent = bench.send(plan.requests, f"load-{plan.seed}")
         shares = interference.figures()
+        counters = increase(read_counters(server.base_url), before)
     return RunResult(
         system=plan.system.name,
         load=plan.load,
         seed=plan.seed,
         rate_rps=plan.rate_rps,
-        figures=figures_of(sent.records, idle),
+        figures={
+            **figures_of(sent.records, idle),
+            "preemptions": preemption_figures(counters),
+        },
         output_digest=digest_of_run(sent.records),
         request_digests=request_digests(sent.records),
+        counters=counters,
         wall={
             # With these, the time to first token from sending, as the client prints it, follows.
             "client_late_mean_ms": 1000 * statistics.fmean(sent.late_s),

@@ -22,26 +22,29 @@ def point_name(system: str, load: float | None, seed: int) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of points that share a configuration, a set of versions and the package's code."""
+    """A folder of points that share a configuration."""
 
     folder: Path
     config: Mapping[str, Any]
 
     def find(self, system: str, load: float | None, seed: int) -> RunResult | None:
-        """The point if it was measured. Raises InputError if it was, differently."""
+        """The point, if it was measured with the code and the versions that are here now.
+
+        Raises InputError for a point of another configuration: it is not this run's to replace.
+        """
         path = self._path(system, load, seed)
         if not path.is_file():
             return None
         document = _read(path)
         found = document["manifest"]
-        mine = {"config": self.config, "versions": versions(), "code": code_fingerprint()}
-        differing = list(_differing(rounded(mine), {key: found.get(key) for key in mine}))
+        differing = _differing(rounded({"config": self.config}), {"config": found.get("config")})
         if differing:
             raise InputError(
                 f"{path} was measured with other {', '.join(differing)}: name another --out "
                 "folder, or replace its points with --overwrite"
             )
-        return run_of(document)
+        current = {"code": code_fingerprint(), "versions": versions()}
+        return run_of(document) if all(found.get(k) == v for k, v in current.items()) else None
 
     def save(self, run: RunResult) -> None:
         """Write a point, replacing one of the same name."""
@@ -60,10 +63,12 @@ def load_points(folder: Path) -> list[RunResult]:
     first, *others = documents
     for name in others:
         ours, theirs = documents[first]["manifest"], documents[name]["manifest"]
-        keys = ("config", "versions")
+        keys = ("config", "versions", "code")
         differing = list(_differing({k: ours[k] for k in keys}, {k: theirs[k] for k in keys}))
         if differing:
-            raise InputError(f"{first} and {name} differ in {', '.join(differing)}")
+            raise InputError(
+                f"{first} and {name} do not compare, for they differ in {', '.join(differing)}"
+            )
     return [run_of(document) for document in documents.values()]
 
 

@@ -166,8 +166,8 @@ class ModelFreeEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is unfinished or a step that computes something is in flight."""
-        return self.scheduler.has_unfinished_requests() or any(
+        """Whether a request holds something, or a step that computes something is in flight."""
+        return bool(self.scheduler.requests) or any(
             output.num_scheduled_tokens for output in self.in_flight
         )
 

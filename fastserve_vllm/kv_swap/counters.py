@@ -69,6 +69,11 @@ class SwapCounters:
             self.first_out_blocks += blocks
             self.first_out_copied += len(plan.places) + saved_blocks
 
+    def count_save(self, plan: OutPlan) -> None:
+        """A copy in advance was begun."""
+        self.saves += 1
+        self.blocks_shared += len(plan.shared)
+
     def count_in(self, *, urgent: bool) -> None:
         """A swap-in was begun."""
         self.ins += 1

@@ -190,8 +190,7 @@ class KvExchange:
         """
         tokens = self._restorable_tokens(request)
         cached, cached_tokens = self._kv.get_computed_blocks(request)[:2]
-        if cached_tokens > tokens:
-            tokens = cached_tokens
+        tokens = max(tokens, cached_tokens)
         allocated = self._kv.allocate_slots(
             request,
             0,
@@ -218,7 +217,7 @@ class KvExchange:
         return max(tokens - num_computed_tokens, 0)
 
     def allocated(self, request: Request, num_external_tokens: int) -> None:
-        """vLLM has allocated blocks to a request, which it fills in this very step."""
+        """VLLM has allocated blocks to a request, which it fills in this very step."""
         if self.manager.state(request.request_id) is not CopyState.SWAPPED:
             return
         if not num_external_tokens:
@@ -275,7 +274,7 @@ class KvExchange:
         return done
 
     def _hand_over(self, completion: Completion, output: KVConnectorOutput) -> None:
-        """vLLM treats a finished copy like KV that came from elsewhere."""
+        """VLLM treats a finished copy like KV that came from elsewhere."""
         request = self._scheduler.requests.get(completion.request_id)
         if request is None:
             return

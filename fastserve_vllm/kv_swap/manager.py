@@ -194,7 +194,7 @@ class SwapManager:
         copy, plan, host_blocks, names = begun
         copy.state = CopyState.SAVING if host_blocks else CopyState.RETAINED
         copy.saved_blocks += len(host_blocks)
-        self.counters.saves += 1
+        self.counters.count_save(plan)
         device_blocks = [place.device_block for place in plan.places]
         transfer = self._in_flight.begin(
             copy, Direction.OUT, device_blocks, host_blocks, keys=names, urgent=False

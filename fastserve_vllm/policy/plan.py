@@ -255,7 +255,8 @@ class StepPlanner:
             for state, place in places.items():
                 assert (job in place) == (job.state is state), f"I1: {job}"
         here = running | queued | paused | swapped | self._leaving.keys() | self._coming.keys()
-        assert here <= self._jobs.keys(), "I1: a job that left is still here"
+        gone = here - self._jobs.keys()
+        assert not gone, f"I1: jobs that left are still here: {gone}"
 
     def _queue(self, job: Job, now_s: float) -> None:
         self.policy.join(job, now_s)
@@ -495,7 +496,7 @@ class StepPlanner:
             if job.state is JobState.QUEUED:
                 self._requeue(job)
             elif job.state is JobState.PAUSED:
-                self._paused.push(job)
+                self._hold_paused(job)
             else:
                 self._pause(job, now_s)
 

@@ -334,7 +334,8 @@ class _Leavers:
         """The heap's first live job; the entries of those taken are dropped like stale ones."""
         while heap:
             _, _, job, key, since_s = heap[0]
-            live = job.state is JobState.PAUSED and job.key is key
+            # One that left for good keeps its state, but has no ticket any more.
+            live = job.state is JobState.PAUSED and job.ticket is not None and job.key is key
             if live and job.waiting_since_s == since_s and job not in taken:
                 return job
             heapq.heappop(heap)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.http_client import sent_of
+from benchmarks.http_metrics import counters_of
 from benchmarks.workload import Request
 
 REQUESTS = [Request("0", 0.5, 9, 3), Request("1", 1.5, 7, 1)]
@@ -49,3 +50,25 @@ def test_a_result_that_is_not_the_workload_is_refused(changes, message):
     """Failed requests and other token counts would make figures of something else."""
     with pytest.raises(RuntimeError, match=message):
         sent_of(result(**changes), REQUESTS, from_due=True)
+
+
+def test_counters_of_a_server():
+    """FastServe's counters and vLLM's preemptions, by label where there is one of their own."""
+    common = 'engine="0",model_name="m"'
+    text = f"""# HELP vllm:num_preemptions_total Preemptions.
+# TYPE vllm:num_preemptions_total counter
+vllm:num_preemptions_total{{{common}}} 3.0
+# HELP vllm:fastserve_paused_total Paused.
+# TYPE vllm:fastserve_paused_total counter
+vllm:fastserve_paused_total{{{common}}} 7.0
+# HELP vllm:fastserve_declined_total Declined.
+# TYPE vllm:fastserve_declined_total counter
+vllm:fastserve_declined_total{{{common},reason="slots"}} 5.0
+# HELP vllm:fastserve_jobs Live requests.
+# TYPE vllm:fastserve_jobs gauge
+vllm:fastserve_jobs{{{common},state="queued"}} 9.0
+# HELP vllm:prompt_tokens_total Prompt tokens.
+# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{{{common}}} 11.0
+"""
+    assert counters_of(text) == {"vllm_preemptions": 3.0, "paused": 7.0, "declined": {"slots": 5.0}}

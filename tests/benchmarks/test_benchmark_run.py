@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import compare, in_process, run
+from benchmarks import compare, in_process, manifest, run, store
 from benchmarks.alone import VIRTUAL
 from benchmarks.cli import experiment_of, parse_arguments
 from benchmarks.regimes import REGIMES, kv_demand, short_kv_blocks
@@ -83,6 +83,21 @@ def test_other_configurations_do_not_mix(trace, tmp_path, tiny_model, measured, 
     assert "config.engine.max_num_seqs" in error
     assert "--overwrite" in error
     assert run.main([*once, "--batch", "8", "--overwrite"]) == 0
+
+
+def test_points_of_other_code_are_measured_again(
+    trace, tmp_path, tiny_model, measured, monkeypatch, capsys
+):
+    """What was measured before the package changed is not this package's; nor are they mixed."""
+    once = command(trace, tmp_path, tiny_model, "--all-at-once", "--seeds", "0")
+    run.main(once)
+    monkeypatch.setattr(store, "code_fingerprint", lambda: "changed")
+    monkeypatch.setattr(manifest, "code_fingerprint", lambda: "changed")
+    del measured[:]
+    run.main([*once, "--systems", "vllm-fcfs"])
+    assert [p.system.name for p in measured] == ["vllm-fcfs"]
+    assert compare.main([str(tmp_path / "out")]) == 2
+    assert "differ in code" in capsys.readouterr().err
 
 
 def test_points_are_whole(trace, tmp_path, tiny_model, measured, capsys):

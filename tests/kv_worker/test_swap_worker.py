@@ -1,6 +1,5 @@
 """A worker's step: what it starts when, what it reports, and what it refuses to start with."""
 
-import logging
 import pickle
 import time
 
@@ -138,17 +137,6 @@ def test_a_step_that_ended_early_loses_nothing(swap_worker):
     assert settle(swap_worker).done == {1: 1}
 
 
-def test_reports_add_up(swap_worker):
-    """Bytes and seconds by direction; every transfer once."""
-    swap_worker.begin(SwapMetadata((out(1, (4, 5), (6, 7)), out(2, (1,), (2,)))))
-    swap_worker.submit()
-    step(swap_worker, back(3, (8,), (2,), urgent=True))
-    swap_worker.drain()
-    report = swap_worker.take_report()
-    assert report is None or report.done
-    assert swap_worker.take_report() is None
-
-
 def test_a_report_says_what_was_copied(swap_worker):
     """In bytes, seconds and transfers."""
     swap_worker.begin(SwapMetadata((out(1, (4, 5), (6, 7)), out(2, (1,), (2,), urgent=True))))
@@ -158,7 +146,7 @@ def test_a_report_says_what_was_copied(swap_worker):
     assert report.failed == {}
     assert report.copied_bytes == {"out": 3 * BLOCK}
     assert set(report.copy_s) == {"out"}
-    assert 0 < report.waited_s
+    assert report.waited_s > 0
     assert swap_worker.take_report() is None
 
 
@@ -346,6 +334,5 @@ def test_start_is_logged(config, kv_caches, monkeypatch):
     """Blocks, memory and device."""
     lines = []
     monkeypatch.setattr(worker.logger, "info", lambda text, *args: lines.append(text % args))
-    logging.getLogger()  # The rest of vLLM's logging stays as it is.
     engine_of(config, kv_caches)
     assert lines == ["KV swap: 1 host blocks (0.00 GiB) for cpu"]

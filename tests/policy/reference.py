@@ -226,7 +226,7 @@ _RESIDENT = (JobState.RUNNING, JobState.PAUSED)
 def naive_execute_s(
     ladder: QuantumLadder, jobs: Iterable[Job], level: int, batch_size: int
 ) -> float:
-    """T_execute as the paper writes it: (1/B) * sum over j of sum over k, i.level > k >= j.level."""
+    """T_execute as the paper writes it: (1/B) * sum over j, sum over i.level > k >= j.level."""
     total_s = 0.0
     for job in jobs:
         for k in range(job.level, level):

@@ -32,6 +32,11 @@ REFUSED = [
     ("starvation_limit_s", -3, "greater than 0"),
     ("starvation_limit_s", math.inf, "finite"),
     ("starvation_limit_s", "never", "number"),
+    ("swap_mode", "lru", "'proactive', 'reactive' or 'recompute'"),
+    ("swap_mode", None, "'proactive'"),
+    ("swap_space_gib", 0, "greater than 0"),
+    ("swap_space_gib", math.inf, "finite"),
+    ("swap_space_gib", "4", "number"),
     ("step_time_profile", 7, "string"),
     ("save_step_time_profile", ["x"], "string"),
 ]

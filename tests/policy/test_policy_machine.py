@@ -84,6 +84,7 @@ class PolicyMachine(RuleBasedStateMachine):
             max_promotions=promotions,
         )
         self.mode = mode
+        # Jobs that come back do not ask for slots yet: test_who_comes_back_needs_a_slot.
         slots = None if mode == "proactive" else slots
         self.host = SwapHost(blocks, slots, headroom, **host)
         self.planner = make_planner(self.policy, self.host, mode)
@@ -130,7 +131,7 @@ class PolicyMachine(RuleBasedStateMachine):
                 blocked=False,
             )
 
-    @rule(seed=seeds, number=st.integers(2, 24), length=ticks)
+    @rule(seed=seeds, number=st.integers(2, 12), length=ticks)
     def steps(self, seed, number, length):
         """Steps with room for tokens; memory is what binds."""
         dice = random.Random(seed)
@@ -238,6 +239,17 @@ class PolicyMachine(RuleBasedStateMachine):
         assert sum(self.planner.state_counts().values()) == len(self.planner)
         assert len(self.planner) == self.arrived - self.left
         self.host.check_integrity(self.planner)
+        if self.mode == "proactive":
+            self.check_leavers()
+
+    def check_leavers(self):
+        """Every job that could leave is found, at the place that it has now."""
+        groups = self.planner.ahead._leavers._groups
+        for job in self.planner.jobs:
+            if job.state is JobState.PAUSED:
+                for heap in groups[job.priority, job.level]:
+                    entries = [(key, since_s) for _, _, j, key, since_s in heap if j is job]
+                    assert (job.key, job.waiting_since_s) in entries, job
 
     def plan(self, options) -> tuple[StepPlan, StepLimits, dict[Job, JobState]]:
         """Plan a step, and check the plan; returns also the states before it."""
@@ -413,7 +425,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
 
 PolicyMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=40, report_multiple_bugs=False
+    max_examples=150, stateful_step_count=40, report_multiple_bugs=False
 )
 TestPolicyMachine = PolicyMachine.TestCase
 
@@ -465,7 +477,7 @@ def busy_trace(seed: int, mode: str) -> PolicyMachine:
 def test_busy_traces(mode):
     """The laws hold where memory is always short, and the traces do what they are meant to do."""
     moved = Counter()
-    for seed in range(12):
+    for seed in range(8):
         machine = busy_trace(seed, mode)
         machine.teardown()
         counters = machine.planner.counters
@@ -475,4 +487,5 @@ def test_busy_traces(mode):
             swapped_out=counters.swapped_out,
             swapped_in=counters.swapped_in,
         )
-    print(mode, moved)
+    wanted = {"recompute": ["recomputed"], "reactive": ["recomputed", "spilled"]}
+    assert all(moved[name] > 30 for name in wanted.get(mode, list(moved)))

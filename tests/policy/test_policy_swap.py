@@ -5,7 +5,7 @@ import random
 from collections import Counter
 
 import pytest
-from fake_host import TICK_S, make_job
+from fake_host import make_job
 from fake_swap import SwapStage
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,6 @@ from reference import by_key, naive_enst_s, naive_execute_s
 from fastserve_vllm.policy.base import Fcfs
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
-from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.quantum import QuantumLadder
 from fastserve_vllm.policy.queues import ReadyQueue
 from fastserve_vllm.policy.swap import BurstReserve, SwapDecision, SwapPlanner
@@ -281,7 +280,7 @@ def ranks(crowd: Crowd, jobs: list[Job]) -> list[object]:
 
 
 class TestOrder:
-    @settings(max_examples=150)
+    @settings(max_examples=100)
     @given(seed=seeds)
     def test_the_largest_enst_leaves_first(self, seed):
         """Of all jobs on the device, whatever happened to them before; priority goes first."""
@@ -299,7 +298,7 @@ class TestOrder:
             for _ in range(10):
                 crowd.change()
 
-    @settings(max_examples=150)
+    @settings(max_examples=60)
     @given(seed=seeds)
     def test_the_smallest_enst_comes_back_first(self, seed):
         """Of all jobs on the host; a promotion counts once only three others come before it."""
@@ -452,3 +451,92 @@ class TestReserve:
         stage.add("d", prompt=80)
         stage.step()
         assert stage.planner.ahead.reserved_blocks == 21
+
+
+class Shuttle:
+    """A constant crowd on too small a device, and how often each job goes to the host and back."""
+
+    STEPS = 800
+
+    def __init__(self, seed: int, limit_s: float | None) -> None:
+        dice = random.Random(seed)
+        self.levels, copy_steps = dice.randint(3, 8), dice.randint(1, 4)
+        self.policy = SkipJoinMlfq(
+            QuantumLadder(1.0, 2.0, self.levels),
+            starvation_limit_s=limit_s,
+            steady_levels=dice.choice([2, 4, 8]),
+            max_promotions=dice.choice([None, 1]),
+            promotion_interval=dice.choice([1, 4]),
+        )
+        # Ten to forty blocks are copied in the steps that a copy takes; a step is a second.
+        copy_s = copy_steps / dice.choice([10, 20, 40])
+        self.stage = SwapStage(
+            self.policy,
+            num_blocks=100,
+            host_blocks=1 << 20,
+            copy_steps=copy_steps,
+            block_copy_s=copy_s,
+            token_s=100.0,
+        )
+        for number in range(dice.randint(10, 20)):
+            self.stage.add(f"{number}", prompt=dice.randint(4, 80))
+        self.batch_limit = dice.randint(2, 6)
+        self.outs: Counter[Job] = Counter()
+        self.idle: set[Job] = set()
+        self.in_vain = 0
+        for _ in range(self.STEPS):
+            self.step()
+
+    def step(self) -> None:
+        jobs = list(self.stage.planner.jobs)
+        for job in jobs:
+            # Nobody grows for ever.
+            if job.handle.generated > 8:
+                job.handle.generated -= 4
+                job.handle.computed -= 4
+        self.stage.step(batch_limit=self.batch_limit)
+        self.stage.spend(1.0)
+        plan = self.stage.plan
+        self.idle -= set(plan.batch)
+        for job in (*plan.swapped_out, *plan.spilled, *plan.recomputed):
+            self.in_vain += job in self.idle
+            self.outs[job] += 1
+        self.idle |= {*plan.swapped_out, *plan.spilled, *plan.recomputed}
+
+
+class TestNoPingPong:
+    @pytest.mark.parametrize("seed", range(6))
+    def test_a_job_runs_between_two_exits(self, seed):
+        """Without promotion, nobody leaves a second time for having come back only."""
+        shuttle = Shuttle(seed, None)
+        assert shuttle.in_vain == 0
+        assert max(shuttle.outs.values()) <= 2 * shuttle.levels
+
+    # In vain are 57 of 629 exits, 13 of 222, and 25 of 232.
+    @pytest.mark.xfail(reason="a promoted job comes back by ENST and leaves by order", strict=True)
+    def test_a_promoted_job_runs_between_two_exits(self):
+        """Nor where starvation prevention moves jobs up."""
+        assert not any(Shuttle(seed, 20.0).in_vain for seed in (2, 7, 14))
+
+    @pytest.mark.parametrize("limit_s", [20.0, 100.0])
+    def test_exits_are_bounded_by_turns(self, limit_s):
+        """There are as many as somebody's turns call for: of levels passed, and of promotions."""
+        for seed in range(4):
+            shuttle = Shuttle(seed, limit_s)
+            turns = shuttle.levels * len(shuttle.stage.jobs) + shuttle.policy.promotions
+            assert 0 < sum(shuttle.outs.values()) <= 1.5 * turns
+
+
+@pytest.mark.xfail(reason="SwapPlanner does not know of slots", strict=True)
+def test_who_comes_back_needs_a_slot():
+    """Where pausing keeps a slot, nobody comes back to a device that has none left."""
+    stage = SwapStage(num_blocks=100, host_blocks=100, slots=2)
+    for name in "abc":
+        stage.add(name, prompt=4)
+    stage.step(batch_limit=2)
+    stage.host.leave(stage.jobs["a"])
+    stage.planner.evict(stage.jobs["a"], stage.now_s, spilled=True)
+    stage.add("z", prompt=4, priority=-1)
+    for _ in range(4):
+        stage.step(batch_limit=2)
+        assert stage.planner.num_residents <= 2

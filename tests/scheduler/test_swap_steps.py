@@ -200,7 +200,7 @@ def test_fuzz(make_engine, mode, options, caching, seed):
         max_num_batched_tokens=128,
         enable_prefix_caching=caching,
         copy_steps=rng.randrange(4),
-        fastserve={"swap_mode": mode, "swap_space_gib": rng.choice([4.0, 5e-4, 1e-4])},
+        fastserve={"swap_mode": mode, "swap_space_gib": rng.choice([4e-3, 5e-4, 1e-4])},
         **options,
     )
     wanted, aborted = {}, set()

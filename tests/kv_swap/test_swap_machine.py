@@ -118,8 +118,8 @@ TestSwapMachine = SwapMachine.TestCase
 
 WEIGHTS = {
     "step": 20, "work": 20, "report": 14, "plan": 20, "admit": 5, "save": 5, "out": 7, "urgent out": 5,
-    "in": 7, "urgent in": 5, "leave": 0.7, "arrive": 3, "invalidate": 0.3, "reset": 0.05,
-    "weights": 0.05,
+    "in": 7, "urgent in": 5, "leave": 0.7, "arrive": 3, "invalidate": 0.3, "reset": 0.1,
+    "weights": 0.1,
 }  # fmt: skip
 
 
@@ -163,10 +163,17 @@ def act(engine: FakeEngine, event: str) -> None:
 
 @pytest.mark.parametrize("groups", GROUPS)
 def test_a_long_drive(groups):
-    """20,000 events each: nothing is lost, mixed up or left behind."""
+    """20,000 events each, 100,000 in all: nothing is lost, mixed up or left behind."""
     sizes, windows = GROUPS[groups]
     seed = list(GROUPS).index(groups)
-    config = EngineConfig(30, 48, sizes, windows, workers=1 + seed % 3, failure_rate=0.02)
+    config = EngineConfig(
+        host_blocks=[16, 30, 24, 40, 12][seed],
+        device_blocks=48,
+        block_tokens=sizes,
+        windows=windows,
+        workers=1 + seed % 3,
+        failure_rate=[0.02, 0.2][seed % 2],
+    )
     engine = FakeEngine(Random(seed), config)
     events = engine.pick.choices(list(WEIGHTS), list(WEIGHTS.values()), k=20_000)
     for event in events:
@@ -174,5 +181,7 @@ def test_a_long_drive(groups):
         engine.check()
     engine.drain()
     counters = engine.manager.counters
-    print(counters, engine.events, engine.verified, engine.finished)
     assert engine.verified > 1000
+    for event in ("urgent ins", "aborted copies", "lost", "still there", "no room", "saved"):
+        assert engine.events[event] > 5, event
+    assert min(counters.blocks_kept, counters.blocks_shared, counters.reclaimed_copies) > 5

@@ -775,6 +775,26 @@ class TestInvalidate:
         manager.land()
         assert manager.blocks_to_copy("c", [[21, 22]], 8, keys=[["x", "y"]]) == 2
 
+    def test_all_forgets_content_that_is_being_read(self):
+        """The block is still held, but by nobody who could share it."""
+        manager = Manager()
+        manager.out("a", [11], 4, ["x"])
+        manager.swap_in("a", [[21]])
+        manager.invalidate_all()
+        assert manager.blocks_to_copy("b", [[31]], 4, keys=[["x"]]) == 1
+
+    @pytest.mark.parametrize("gone", [False, True])
+    def test_content_that_lands_too_late_is_not_known(self, gone):
+        """Not even while a swap-in still reads it."""
+        manager = Manager()
+        out = manager.swap_out("a", [[11]], 4, keys=[["x"]], urgent=True)
+        manager.swap_in("a", [[21]], urgent=True)
+        manager.take_transfers()
+        manager.discard("a") if gone else manager.invalidate_all()
+        manager.land(out)
+        assert manager.in_flight == 1
+        assert manager.blocks_to_copy("b", [[31]], 4, keys=[["x"]]) == 1
+
     def test_all_leaves_residents_their_warning(self):
         """One that goes on with its KV hears that an urgent swap-in has failed."""
         manager = Manager()

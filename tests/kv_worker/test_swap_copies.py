@@ -45,7 +45,8 @@ def test_bytes_mean_nothing(make_engine, device, dtype):
     """Whatever a row holds, NaNs and infinities included, arrives bit by bit."""
     raw = torch.randint(-128, 128, (2, 6, 64), dtype=torch.int8, device=device)
     cache = raw.view(dtype)
-    rows = BlockRows([cache.view(torch.int8)], [torch.zeros(2, 6, 64, dtype=torch.int8)])
+    host = torch.zeros(2, 6, 64, dtype=torch.int8, pin_memory=device.type != "cpu")
+    rows = BlockRows([cache.view(torch.int8)], [host])
     engine = make_engine(rows)
     engine.submit(out(1, range(6), range(6)))
     finish(engine)

@@ -481,6 +481,7 @@ def test_busy_traces(mode):
         machine = busy_trace(seed, mode)
         machine.teardown()
         counters = machine.planner.counters
+        assert machine.host.host_blocks or not (counters.spilled or counters.swapped_out)
         moved.update(
             recomputed=counters.recomputed,
             spilled=counters.spilled,

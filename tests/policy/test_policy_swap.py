@@ -244,7 +244,6 @@ class Crowd:
         self.policy.leave(job)
         self.paused.discard(job)
         self.swapped.discard(job)
-        job.state = JobState.BLOCKED
         self.jobs.remove(job)
 
     def sent_away(self) -> list[Job]:
@@ -338,6 +337,23 @@ class TestOrder:
         gone = crowd.sent_away()
         assert gone
         assert set(gone) == set(crowd.expected) - crowd.demand.stuck
+
+    def test_a_drain_forgets_nobody(self):
+        """Who waits on the device may leave it, however often the queues were emptied."""
+        stage = SwapStage(num_blocks=46, host_blocks=100)
+        for name in "rabc":
+            stage.add(name, prompt=14)
+        stage.step()
+        for _ in range(100):
+            stage.step(batch_limit=1)
+            stage.step(batch_limit=0, admit_queued=False)
+        stage.host.leave(stage.jobs["r"])
+        stage.planner.evict(stage.jobs["r"], stage.now_s, spilled=True)
+        stage.add("z", prompt=16, priority=-1)
+        stage.step(batch_limit=1)
+        counters = stage.planner.counters
+        assert (counters.spilled, counters.recomputed) == (0, 0)
+        assert stage.jobs["c"].state is JobState.SWAPPED
 
 
 class TestCost:

@@ -8,14 +8,47 @@ import random
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
-def main():
+def small(rng):
+    """(prompt tokens, output tokens) of a small request."""
+    return rng.randint(2, 200), rng.randint(1, 120)
+
+
+def chat(rng):
+    """Likewise, of a request whose lengths are spread like those of ShareGPT's conversations."""
+    prompt = min(1 + int(rng.lognormvariate(3.8, 1.3)), 1024)
+    return prompt, min(1 + int(rng.lognormvariate(4.9, 1.2)), 1000)
+
+
+LENGTHS = {"small": small, "chat": chat}
+
+
+def requests(lengths, count, shared_prefix):
+    """Prompts and output lengths; every other prompt may begin like the others."""
+    rng = random.Random(0)
+    prefix = [rng.randint(10, 2000) for _ in range(shared_prefix)]
+    prompts, outputs = [], []
+    for number in range(count):
+        prompt, output = LENGTHS[lengths](rng)
+        tokens = [rng.randint(10, 2000) for _ in range(prompt)]
+        prompts.append({"prompt_token_ids": prefix * (number % 2) + tokens})
+        outputs.append(output)
+    return prompts, outputs
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--lengths", choices=LENGTHS, default="small")
+    parser.add_argument("--shared-prefix", type=int, default=0)
     parser.add_argument("--engine", type=json.loads, default={})
     parser.add_argument("--fastserve", type=json.loads, default={})
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     from vllm import SamplingParams
 
     if args.stock:
@@ -34,15 +67,8 @@ def main():
         **{**defaults, **args.engine},
         **selected,
     )
-    rng = random.Random(0)
-    prompts = [
-        {"prompt_token_ids": [rng.randint(10, 2000) for _ in range(rng.randint(2, 200))]}
-        for _ in range(args.requests)
-    ]
-    params = [
-        SamplingParams(temperature=0, ignore_eos=True, max_tokens=rng.randint(1, 120))
-        for _ in prompts
-    ]
+    prompts, lengths = requests(args.lengths, args.requests, args.shared_prefix)
+    params = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n) for n in lengths]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
@@ -54,9 +80,21 @@ def main():
     }
     if not args.stock:
         scheduler.check_integrity()
-        counters = scheduler.planner.counters
-        result |= {"paused": counters.paused, "recomputed": counters.recomputed}
+        result |= counters(scheduler)
     print("RESULT " + json.dumps(result))
+
+
+def counters(scheduler):
+    """What moved and what was lost."""
+    counted = scheduler.planner.counters
+    names = ("paused", "recomputed", "spilled", "swapped_out", "swapped_in", "saved")
+    moved = {name: getattr(counted, name) for name in names}
+    if scheduler.exchange is not None:
+        manager = scheduler.exchange.manager
+        moved["failed"] = manager.counters.failed
+        moved["blocks_in"] = manager.counters.blocks_in
+        moved["host_blocks_held"] = manager.host_blocks - manager.free_blocks
+    return moved
 
 
 if __name__ == "__main__":

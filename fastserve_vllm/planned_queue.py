@@ -20,8 +20,9 @@ class PlannedQueue(RequestQueue):
         self._planned: deque[Request] = deque()
 
     def plan(self, requests: Iterable[Request]) -> None:
-        """Offer `requests`, which are in the queue, in this order."""
-        self._planned = deque(requests)
+        """Offer those of `requests` that are in the queue, in this order."""
+        held = self._requests
+        self._planned = deque([request for request in requests if request in held])
 
     def add_request(self, request: Request) -> None:
         """Hold the request; it is not offered until it is planned."""

@@ -227,16 +227,21 @@ class FastServeScheduler(AsyncScheduler):
             resident = [request for request in resident if request not in entering]
             queued = [job.handle for job in plan.batch if job.handle in entering]
         self.running = resident
-        self.waiting.plan(request for request in queued if request in self.waiting)
-        self.kv_holding_waiting.plan(r for r in queued if r in self.kv_holding_waiting)
-        for job in plan.swapped_out:
-            self._send_out(job)
-        for job in plan.swapped_in:
-            self._bring_in(job)
-        for job in plan.saved:
-            self.exchange.save(job.handle)
+        self.waiting.plan(queued)
+        self.kv_holding_waiting.plan(queued)
+        if self.exchange is not None:
+            self._move(plan, self.exchange)
 
     # ---- KV cache that leaves and comes back ------------------------------------------------
+
+    def _move(self, plan: StepPlan, exchange: KvExchange) -> None:
+        """Start the copies that run beside the step."""
+        for job in plan.swapped_out:
+            self._send_out(job, exchange)
+        for job in plan.swapped_in:
+            self._bring_in(job, exchange)
+        for job in plan.saved:
+            exchange.save(job.handle)
 
     def _give_up(self, job: Job, *, spill: bool) -> None:
         """Free the job's device blocks at once; its KV cache goes to the host or is lost."""
@@ -272,10 +277,9 @@ class FastServeScheduler(AsyncScheduler):
         request.num_computed_tokens = 0
         self.waiting.add_request(request)
 
-    def _send_out(self, job: Job) -> None:
+    def _send_out(self, job: Job, exchange: KvExchange) -> None:
         """Start copying the KV cache of a job that was left out; its blocks stay until it is."""
-        assert self.exchange is not None
-        transfer = self.exchange.copy_out(job.handle, urgent=False)
+        transfer = exchange.copy_out(job.handle, urgent=False)
         if transfer is None:
             self.planner.stayed(job)
         elif not transfer.device_blocks:
@@ -286,10 +290,9 @@ class FastServeScheduler(AsyncScheduler):
         self.planner.swapped_out(job)
         self._start_over(job)
 
-    def _bring_in(self, job: Job) -> None:
+    def _bring_in(self, job: Job, exchange: KvExchange) -> None:
         """Start copying the KV cache of a swapped job back."""
-        assert self.exchange is not None
-        transfer = self.exchange.copy_in(job.handle)
+        transfer = exchange.copy_in(job.handle)
         if transfer is None:
             self.planner.evict(job, self.clock(), spilled=True)
         elif not transfer.device_blocks:
@@ -370,6 +373,9 @@ class FastServeScheduler(AsyncScheduler):
             self.left_out[request] = None
         elif self._is_blocked_waiting_status(request.status):
             self._block(job)
+        elif request.status == RequestStatus.PREEMPTED and request.num_computed_tokens:
+            # It came back from the host, and vLLM found no tokens or watermark for it.
+            self.planner.missed(job, now_s)
         else:
             self.planner.evict(job, now_s)
 

@@ -166,9 +166,12 @@ class ModelFreeEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request holds something, or a step that computes something is in flight."""
-        return bool(self.scheduler.requests) or any(
-            output.num_scheduled_tokens for output in self.in_flight
+        """Whether a request is unfinished or holds blocks, or a step that computes is in flight."""
+        held = len(self.scheduler.requests) > sum(self.scheduler.get_request_counts())
+        return (
+            self.scheduler.has_unfinished_requests()
+            or held
+            or any(output.num_scheduled_tokens for output in self.in_flight)
         )
 
     def drain(self, max_steps: int = 10_000) -> int:

@@ -46,9 +46,7 @@ class SwapCounters:
     again_out_blocks: int = 0
     again_out_copied: int = 0
 
-    def count_out(
-        self, plan: OutPlan, saved_blocks: int, *, again: bool, urgent: bool
-    ) -> None:
+    def count_out(self, plan: OutPlan, saved_blocks: int, *, again: bool, urgent: bool) -> None:
         """A swap-out was begun.
 
         Args:

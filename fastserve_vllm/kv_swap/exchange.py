@@ -262,9 +262,7 @@ class KvExchange:
             if completion.direction is Direction.IN:
                 self._hand_over(completion, output)
             elif completion.discarded:
-                output.finished_sending = {
-                    *(output.finished_sending or ()), completion.request_id
-                }
+                output.finished_sending = {*(output.finished_sending or ()), completion.request_id}
             if not completion.discarded:
                 self._completions.append(completion)
 
@@ -298,7 +296,7 @@ class KvExchange:
             )
 
     def _restorable_tokens(self, request: Request) -> int:
-        """Tokens whose KV cache on the host is the request's: drafts may have been rejected since."""
+        """Tokens of the host copy that are the request's still: drafts may have been rejected."""
         return min(self.manager.tokens(request.request_id), request.num_tokens - 1)
 
     def _blocks(self, request: Request) -> tuple[list[int], ...]:

@@ -117,6 +117,8 @@ class SwapManager:
         if self.state(request_id) not in (None, CopyState.RETAINED):
             return False
         copy = self._leaving(request_id)
+        if not copy.flights and self._layout.most_blocks(tokens) <= self._pool.num_free:
+            return True
         return self._fits(copy, self._plan_out(copy, blocks, tokens, keys), tokens)
 
     # ---- swapping -----------------------------------------------------------------------------

@@ -80,6 +80,10 @@ class Layout:
     block_tokens: tuple[int, ...]
     null_block: int
 
+    def most_blocks(self, tokens: int) -> int:
+        """Host blocks that a copy of so many tokens takes at most."""
+        return sum(-(-tokens // size) for size in self.block_tokens)
+
     def plan_out(
         self, pool: HostPool, copy: HostCopy, blocks: BlockTable, tokens: int, keys: BlockKeys
     ) -> OutPlan:

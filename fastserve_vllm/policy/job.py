@@ -60,6 +60,8 @@ class Job:
     """Tokens its next step would compute, were the token budget unlimited."""
     swapped_tokens: int = 0
     """Tokens of a queued job whose KV cache comes back from the host when it starts."""
+    unserved: bool = False
+    """Whether its KV cache came back from the host and it has not run since."""
     ticket: Any = field(default=None, repr=False)
     """Its live entry in the ready queue; an entry that is not the ticket is stale."""
     expiry: Any = field(default=None, repr=False)

@@ -1,13 +1,16 @@
 """Skip-join multi-level feedback queues (section 4.1 of arXiv 2305.05920)."""
 
-import heapq
 import math
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import count, islice
+from operator import itemgetter
 
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.quantum import QuantumLadder
+
+_due = itemgetter(0)
 
 
 class SkipJoinMlfq:
@@ -59,6 +62,7 @@ class SkipJoinMlfq:
         self._rounds = 0
         self._num_jobs = 0
         self._num_running = 0
+        # When the quantum of each running job is used up, first one first.
         self._expiries: list[tuple[float, int, Job]] = []
         # Jobs that wait, in the order in which they began to: the clock is monotonic.
         self._waiting: OrderedDict[Job, None] = OrderedDict()
@@ -203,11 +207,9 @@ class SkipJoinMlfq:
 
     def _pop_expired(self) -> list[Job]:
         """The running jobs whose quantum is used up, each once however short its quantum is."""
-        expired = []
-        while self._expiries and self._expiries[0][0] <= self._service_s:
-            entry = heapq.heappop(self._expiries)
-            if entry[2].expiry is entry:
-                expired.append(entry[2])
+        due = bisect_right(self._expiries, self._service_s, key=_due)
+        expired = [entry[2] for entry in self._expiries[:due]]
+        del self._expiries[:due]
         return expired
 
     def _open_below(self, level: int) -> bool:
@@ -230,17 +232,14 @@ class SkipJoinMlfq:
     def _schedule_expiry(self, job: Job) -> None:
         left_s = self.ladder.quanta_s[job.level] - job.attained_service_s
         job.expiry = (job.running_since_s + left_s, job.arrival, job)
-        if job.level < self.ladder.last_level:
-            heapq.heappush(self._expiries, job.expiry)
+        insort(self._expiries, job.expiry)
 
     def _cancel_expiry(self, job: Job) -> None:
         if job.expiry is None:
             return
+        del self._expiries[bisect_left(self._expiries, job.expiry)]
         job.expiry = None
         self._num_running -= 1
-        if len(self._expiries) > 64 + 4 * self._num_running:
-            self._expiries = [entry for entry in self._expiries if entry[2].expiry is entry]
-            heapq.heapify(self._expiries)
 
     def _wait(self, job: Job, now_s: float) -> None:
         job.waiting_since_s = now_s

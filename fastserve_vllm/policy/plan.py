@@ -8,8 +8,8 @@ from operator import attrgetter
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import Demand, StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.queues import ReadyQueue, withdraw
-from fastserve_vllm.policy.swap import SwapDemand, SwapPlanner
+from fastserve_vllm.policy.queues import ReadyQueue, reposition, withdraw
+from fastserve_vllm.policy.swap import Room, SwapDemand, SwapPlanner
 
 _by_key = attrgetter("key")
 # A step's walk ends once this many jobs a batch place were declined: beyond that, the step is
@@ -95,8 +95,10 @@ class StepPlanner:
         # Device blocks that come free with a copy to the host; jobs on their way back.
         self._leaving: dict[Job, int] = {}
         self._coming: dict[Job, None] = {}
-        self._unsorted = False
+        # Running jobs whose key changed since the last plan.
+        self._moved: set[Job] = set()
         self._arrived: list[int] = []
+        self._slots: int | None = None
         self.ahead: SwapPlanner | None = None
         if swap is not None and device_blocks is not None:
             self.ahead = SwapPlanner(policy, swap, device_blocks, self._paused, self._swapped)
@@ -117,9 +119,7 @@ class StepPlanner:
     @property
     def num_residents(self) -> int:
         """Jobs that have a place on the device, in the batch or not."""
-        return (
-            len(self._running) + len(self._paused) + len(self._leaving) + len(self._coming)
-        )
+        return len(self._running) + len(self._paused) + len(self._leaving) + len(self._coming)
 
     def state_counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
@@ -190,6 +190,7 @@ class StepPlanner:
     def swapped_in(self, job: Job) -> None:
         """The job's KV cache is on the device again."""
         del self._coming[job]
+        job.unserved = True
         self._hold_paused(job)
 
     def missed(self, job: Job, now_s: float) -> None:
@@ -200,19 +201,18 @@ class StepPlanner:
 
     def observe(self, step_s: float, now_s: float) -> None:
         """Charge `step_s` seconds to the running jobs; demote and promote."""
-        self._unsorted |= bool(self.policy.charge(step_s))
+        self._moved.update(self.policy.charge(step_s))
         for job in self.policy.promote_starved(now_s):
-            # Without a ticket it is on its way between device and host.
-            if job.ticket is not None:
-                job.ticket[2].push(job)
+            reposition(job)
             if job.state is JobState.PAUSED and self.ahead is not None:
                 self.ahead.paused(job)
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
-        if self._unsorted:
-            self._running.sort(key=_by_key)
-            self._unsorted = False
+        if limits.free_slots is not None:
+            self._slots = limits.free_slots + self.num_residents
+        if self._moved:
+            self._reorder()
         if not limits.admit_queued:
             return self._drain(limits, now_s)
         joined, left, held = self._take_ready(limits)
@@ -273,6 +273,15 @@ class StepPlanner:
         self._coming.pop(job, None)
         withdraw(job)
         self.policy.leave(job)
+
+    def _reorder(self) -> None:
+        """Put the running jobs whose key changed where they now belong."""
+        moved = [job for job in self._moved if job.state is JobState.RUNNING]
+        self._moved.clear()
+        for job in moved:
+            self._running.remove(job)
+        for job in moved:
+            insort(self._running, job, key=_by_key)
 
     def _take_ready(self, limits: StepLimits) -> tuple[list[Job], list[Job], list[Job]]:
         """Make `_running` the first jobs of the order that have something to compute.
@@ -451,19 +460,20 @@ class StepPlanner:
             return plan
         self.ahead.reserve.step(sum(n // limits.block_tokens + 1 for n in self._arrived))
         self._arrived.clear()
-        freeing = sum(self._leaving.values())
-        decision = self.ahead.decide(
-            self._running, max(idle_blocks, 0), freeing, now_s, plan.spilled
+        room = Room(
+            idle_blocks=max(idle_blocks, 0),
+            freeing_blocks=sum(self._leaving.values()),
+            idle_slots=None if self._slots is None else self._slots - self.num_residents,
+            freeing_slots=len(self._leaving),
         )
+        decision = self.ahead.decide(self._running, room, now_s, plan.spilled)
         for job in decision.swapped_in:
             self._coming[job] = None
             job.state = JobState.SWAPPING_IN
         self.counters.swapped_in += len(decision.swapped_in)
         self.counters.saved += len(decision.saved)
         gone = {*decision.swapped_out, *decision.dropped}
-        plan = replace(
-            plan, swapped_in=tuple(decision.swapped_in), saved=tuple(decision.saved)
-        )
+        plan = replace(plan, swapped_in=tuple(decision.swapped_in), saved=tuple(decision.saved))
         if not gone:
             return plan
         for job in decision.swapped_out:
@@ -488,6 +498,7 @@ class StepPlanner:
         for job in jobs:
             self.policy.start(job)
             job.state = JobState.RUNNING
+            job.unserved = False
             self.counters.started += 1
 
     def _put_back(self, jobs: Iterable[Job], now_s: float) -> None:

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
+from typing import Any
 
 from fastserve_vllm.policy.job import Job
 
@@ -11,7 +12,13 @@ _SLACK = 64
 def withdraw(job: Job) -> None:
     """Take the job out of whatever queue it is in."""
     if job.ticket is not None:
-        job.ticket[2].discard(job)
+        job.ticket[-1].discard(job)
+
+
+def reposition(job: Job) -> None:
+    """Move the job to where its key now belongs in the queue that it is in, if any."""
+    if job.ticket is not None:
+        job.ticket[-1].push(job)
 
 
 class ReadyQueue:
@@ -22,7 +29,8 @@ class ReadyQueue:
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[float, ...], Job, ReadyQueue]] = []
+        # (*key, job, queue): flat, for a comparison that follows fewer pointers.
+        self._heap: list[tuple[Any, ...]] = []
         self._size = 0
 
     def __len__(self) -> int:
@@ -30,20 +38,20 @@ class ReadyQueue:
 
     def __iter__(self) -> Iterator[Job]:
         """The jobs, in no particular order."""
-        return (entry[1] for entry in self._heap if entry[1].ticket is entry)
+        return (entry[-2] for entry in self._heap if entry[-2].ticket is entry)
 
     def push(self, job: Job) -> None:
         """Add the job, or move it to where its key now belongs; it is in no other queue."""
         self._size += job.ticket is None
-        job.ticket = (job.key, job, self)
+        job.ticket = (*job.key, job, self)
         heapq.heappush(self._heap, job.ticket)
         if len(self._heap) > _SLACK + 2 * self._size:
-            self._heap = [entry for entry in self._heap if entry[1].ticket is entry]
+            self._heap = [entry for entry in self._heap if entry[-2].ticket is entry]
             heapq.heapify(self._heap)
 
     def discard(self, job: Job) -> None:
         """Remove the job if it is there."""
-        if job.ticket is not None and job.ticket[2] is self:
+        if job.ticket is not None and job.ticket[-1] is self:
             job.ticket = None
             self._size -= 1
 
@@ -52,7 +60,7 @@ class ReadyQueue:
         heap = self._heap
         while heap:
             entry = heap[0]
-            job = entry[1]
+            job: Job = entry[-2]
             if job.ticket is entry:
                 return job
             heapq.heappop(heap)

@@ -3,8 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # Scales that bring the features near 1, so that one process noise suits all of them.
 _SCALES = (1.0, 1e-3, 1e-1, 1e-4)
@@ -19,8 +18,7 @@ _NOISE_MEMORY = 0.98
 _DECODE_SAMPLE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(NamedTuple):
     """What one engine step computes.
 
     Attributes:

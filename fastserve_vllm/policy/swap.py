@@ -8,7 +8,7 @@ order, and a more urgent priority class goes before any ENST.
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
@@ -82,6 +82,43 @@ class BurstReserve:
 
 
 @dataclass(slots=True)
+class Room:
+    """What a step leaves of the device, for those who come back.
+
+    Attributes:
+        idle_blocks: blocks that neither the step nor the growth of its jobs needs.
+        freeing_blocks: blocks whose copies to the host are on their way.
+        idle_slots: model-runner slots that nobody holds; None where waiting keeps none.
+        freeing_slots: slots that come free with those copies.
+    """
+
+    idle_blocks: int
+    freeing_blocks: int = 0
+    idle_slots: int | None = None
+    freeing_slots: int = 0
+
+    def take(self, blocks: int) -> bool:
+        """Give a job its blocks and a slot, if there are enough now."""
+        if blocks > self.idle_blocks or (self.idle_slots is not None and self.idle_slots < 1):
+            return False
+        self.idle_blocks -= blocks
+        if self.idle_slots is not None:
+            self.idle_slots -= 1
+        return True
+
+    def free(self, blocks: int) -> None:
+        """A job is on its way out."""
+        self.freeing_blocks += blocks
+        self.freeing_slots += 1
+
+    def will_hold(self, blocks: int) -> bool:
+        """Whether a job fits once everybody who is on the way out has left."""
+        if self.idle_slots is not None and self.idle_slots + self.freeing_slots < 1:
+            return False
+        return blocks <= self.idle_blocks + self.freeing_blocks
+
+
+@dataclass(slots=True)
 class SwapDecision:
     """What moves in a step.
 
@@ -126,8 +163,8 @@ class SwapPlanner:
         self._most_reserved = int(_MOST_RESERVED * device_blocks)
         self._paused = paused
         self._swapped = swapped
-        self._leavers = _Leavers(paused)
-        self._times: Sequence[float] = ()
+        self._leavers = _Leavers(self, paused)
+        self.times: Sequence[float] = ()
         self._now_s = 0.0
         self._spilled: Collection[Job] = ()
 
@@ -146,14 +183,13 @@ class SwapPlanner:
         Of a running job: until it would be again, were it to leave the batch now.
         """
         if job.state is JobState.RUNNING:
-            return self._times[job.level]
-        return min(self.policy.promote_s(job, self._now_s), self._times[job.level])
+            return self.times[job.level]
+        return min(self.policy.promote_s(job, self._now_s), self.times[job.level])
 
     def decide(
         self,
         running: Sequence[Job],
-        idle_blocks: int,
-        freeing_blocks: int,
+        room: Room,
         now_s: float,
         spilled: Collection[Job] = (),
     ) -> SwapDecision:
@@ -161,55 +197,60 @@ class SwapPlanner:
 
         Args:
             running: the step's batch, in order.
-            idle_blocks: device blocks that neither the step nor the growth of its jobs needs.
-            freeing_blocks: device blocks whose copies to the host are on their way.
+            room: what the step leaves; it is used up here.
             now_s: the time.
             spilled: jobs that this very step sends to the host; they do not come back in it.
         """
         decision = SwapDecision()
         reserved = self.reserved_blocks
-        if not len(self._swapped) and idle_blocks + freeing_blocks >= reserved:
+        if not len(self._swapped) and room.idle_blocks + room.freeing_blocks >= reserved:
             return decision
         self._now_s = now_s
         self._spilled = spilled
-        self._times = self.policy.execute_s(max(len(running), 1))
-        idle_blocks -= self._bring_back(decision, idle_blocks)
-        coming = self._first_back(decision.swapped_in)
-        wanted = 0 if coming is None else self.demand.new_blocks(coming)
-        idle_blocks += freeing_blocks
-        leavers = self._largest_first(running[1:])
-        for job in leavers:
-            freed = self.demand.freed_blocks(job)
-            if coming is not None and idle_blocks < wanted and self._gains(coming, job):
-                if freed and self._sends_away(decision, job):
-                    idle_blocks += freed
-                    wanted += 0
-                continue
-            coming = None
-            if idle_blocks >= reserved:
+        self.times = self.policy.execute_s(max(len(running), 1))
+        self._bring_back(decision, room)
+        leavers = _Leaving(self, self._leavers, running[1:])
+        self._exchange(decision, room, leavers)
+        self._save(decision, room, leavers, reserved)
+        for job in (*decision.dropped, *decision.swapped_out):
+            self._paused.discard(job)
+        return decision
+
+    def _bring_back(self, decision: SwapDecision, room: Room) -> None:
+        """Bring back who fits, the smallest ENST first."""
+        while (job := self._first_back(decision.swapped_in)) is not None:
+            blocks = self.demand.new_blocks(job)
+            if not room.take(blocks):
                 break
-            # It may be the next to leave: then little will be left to copy.
-            idle_blocks += freed or 0
+            self._swapped.discard(job)
+            decision.swapped_in.append(job)
+
+    def _exchange(self, decision: SwapDecision, room: Room, leavers: "_Leaving") -> None:
+        """Send away, the largest ENST first, until the next one to come back fits."""
+        coming = self._first_back(decision.swapped_in)
+        if coming is None:
+            return
+        blocks = self.demand.new_blocks(coming)
+        for job in leavers:
+            if room.will_hold(blocks) or not self._gains(coming, job):
+                leavers.put_back(job)
+                return
+            freed = self.demand.freed_blocks(job)
+            if freed and not job.unserved and self._sends_away(decision, job):
+                room.free(freed)
+
+    def _save(self, decision: SwapDecision, room: Room, leavers: "_Leaving", reserved: int) -> None:
+        """Copy in advance what would leave next, until the reserve is idle or as good as idle."""
+        covered = room.idle_blocks + room.freeing_blocks
+        for job in leavers:
+            if covered >= reserved:
+                break
+            covered += self.demand.freed_blocks(job) or 0
             if self.demand.unsaved_blocks(job) and (
                 self.demand.in_s(job) < self.demand.recompute_s(job)
             ):
                 decision.saved.append(job)
         leavers.close()
-        for job in (*decision.dropped, *decision.swapped_out):
-            self._paused.discard(job)
-        return decision
-
-    def _bring_back(self, decision: SwapDecision, idle_blocks: int) -> int:
-        """Bring back who fits, the smallest ENST first; returns the blocks that it takes."""
-        taken = 0
-        while (job := self._first_back(decision.swapped_in)) is not None:
-            blocks = self.demand.new_blocks(job)
-            if taken + blocks > idle_blocks:
-                break
-            taken += blocks
-            self._swapped.discard(job)
-            decision.swapped_in.append(job)
-        return taken
 
     def _first_back(self, coming: Sequence[Job]) -> Job | None:
         """The job on the host with the smallest ENST.
@@ -240,35 +281,12 @@ class SwapPlanner:
         """Whether `coming` should have the place of `leaver`.
 
         It must stand before it, and have a longer turn than the copies take: what is left of its
-        quantum. Each exchange then serves a turn, and a job has no more of them than levels.
+        quantum. Since whoever came back also stays until it has run, each exchange serves a turn.
         """
         if coming.key >= leaver.key:
             return False
         turn_s = self.policy.turn_s(coming)
         return turn_s > self.demand.out_s(leaver) + self.demand.in_s(coming)
-
-    def _largest_first(self, running: Sequence[Job]) -> Iterator[Job]:
-        """The jobs on the device, the largest ENST first, those that wait before those that run."""
-        tail = deque(running)
-        taken: list[Job] = []
-        try:
-            while True:
-                waiting = self._leavers.largest(self.enst_s, self._times, taken)
-                runner = tail[-1] if tail else None
-                if waiting is None and runner is None:
-                    return
-                if runner is None or (waiting and self._leaves_before(waiting, runner)):
-                    taken.append(waiting)
-                    yield waiting
-                else:
-                    yield tail.pop()
-        finally:
-            for job in taken:
-                self._leavers.push(job)
-
-    def _leaves_before(self, waiting: Job, runner: Job) -> bool:
-        rank = (waiting.priority, self.enst_s(waiting))
-        return rank >= (runner.priority, self.enst_s(runner))
 
 
 _Entry = tuple[float, int, Job, tuple[float, ...], float]
@@ -282,7 +300,8 @@ class _Leavers:
     wait last. Entries of jobs that went elsewhere turn stale and are dropped when they surface.
     """
 
-    def __init__(self, paused: ReadyQueue) -> None:
+    def __init__(self, planner: SwapPlanner, paused: ReadyQueue) -> None:
+        self._planner = planner
         self._paused = paused
         self._groups: dict[tuple[int, int], tuple[list[_Entry], list[_Entry]]] = {}
         self._numbers = count()
@@ -295,14 +314,13 @@ class _Leavers:
             self._rebuild()
         self._add(job)
 
-    def largest(
-        self, enst_s: Callable[[Job], float], times: Sequence[float], taken: Sequence[Job]
-    ) -> Job | None:
+    def largest(self, taken: Collection[Job]) -> Job | None:
         """The paused job with the largest (priority, ENST, key), those `taken` left aside."""
         best: tuple[int, float, tuple[float, ...]] | None = None
         found = None
+        enst_s = self._planner.enst_s
         for (priority, level), (by_key, by_wait) in list(self._groups.items()):
-            if best is not None and (priority, times[level]) < best[:2]:
+            if best is not None and (priority, self._planner.times[level]) < best[:2]:
                 continue
             last = self._surface(by_key, taken)
             latest = self._surface(by_wait, taken)
@@ -340,3 +358,48 @@ class _Leavers:
                 return job
             heapq.heappop(heap)
         return None
+
+
+class _Leaving:
+    """Iterates over the jobs on the device, the largest ENST first, the waiting before the running.
+
+    Args:
+        planner: knows the ENST of each.
+        leavers: the waiting ones, who lose whom this yields until `close`.
+        running: the running ones, in order.
+    """
+
+    def __init__(self, planner: SwapPlanner, leavers: _Leavers, running: Sequence[Job]) -> None:
+        self._planner = planner
+        self._leavers = leavers
+        self._running = list(running)
+        self._taken: list[Job] = []
+        self._back: list[Job] = []
+
+    def __iter__(self) -> Iterator[Job]:
+        return self
+
+    def __next__(self) -> Job:
+        if self._back:
+            return self._back.pop()
+        waiting = self._leavers.largest(self._taken)
+        runner = self._running[-1] if self._running else None
+        if waiting is not None and (runner is None or self._leaves_before(waiting, runner)):
+            self._taken.append(waiting)
+            return waiting
+        if runner is None:
+            raise StopIteration
+        return self._running.pop()
+
+    def put_back(self, job: Job) -> None:
+        """Yield the job once more."""
+        self._back.append(job)
+
+    def close(self) -> None:
+        """Give the waiting jobs back."""
+        for job in self._taken:
+            self._leavers.push(job)
+
+    def _leaves_before(self, waiting: Job, runner: Job) -> bool:
+        enst_s = self._planner.enst_s
+        return (waiting.priority, enst_s(waiting)) >= (runner.priority, enst_s(runner))

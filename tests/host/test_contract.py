@@ -10,6 +10,7 @@ from vllm.v1.request import Request
 
 import fastserve_vllm
 from fastserve_vllm import demand, host, scheduler
+from fastserve_vllm.kv_swap import exchange
 from fastserve_vllm.host import CONTRACT, HostContractError, Seam
 
 
@@ -134,7 +135,7 @@ def listed(owner):
     return {seam.path.rpartition(".")[2] for seam in paths} | {n for s in paths for n in s.sets}
 
 
-@pytest.mark.parametrize("module", [scheduler, demand], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [scheduler, demand, exchange], ids=lambda m: m.__name__)
 def test_contract_is_complete(module):
     """What the code touches of vLLM's scheduler and requests is in the table."""
     uses = Uses(module)

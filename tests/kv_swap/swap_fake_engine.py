@@ -163,7 +163,7 @@ class FakeEngine:
         if sum(needed) > len(self.device.free):
             return
         for table, number in zip(request.tables, needed, strict=True):
-            table += self.device.take(number)
+            table.extend(self.device.take(number))
         request.planned, request.drafts = planned, 0
 
     def step(self) -> None:
@@ -300,8 +300,8 @@ class FakeEngine:
         request.tables = self.adopt(request, first_token)
         for group, table in enumerate(request.tables):
             nulls = self.first_seen(group, wanted) - len(table)
-            table += [NULL] * nulls
-            table += self.device.take(max(needed[group], 0) + extra)
+            table.extend([NULL] * nulls)
+            table.extend(self.device.take(max(needed[group], 0) + extra))
         tokens = wanted if request.drafts or self.pick.random() < 0.5 else None
         transfer = self.manager.swap_in(
             request.name, request.tables, tokens, first_token=first_token, urgent=urgent

@@ -117,9 +117,9 @@ SwapMachine.TestCase.settings = settings(
 TestSwapMachine = SwapMachine.TestCase
 
 WEIGHTS = {
-    "step": 20, "work": 20, "report": 14, "plan": 20, "admit": 5, "save": 5, "out": 7, "urgent out": 5,
-    "in": 7, "urgent in": 5, "leave": 0.7, "arrive": 3, "invalidate": 0.3, "reset": 0.1,
-    "weights": 0.1,
+    "step": 20, "work": 20, "report": 14, "plan": 20, "admit": 5, "save": 5, "out": 7,
+    "urgent out": 5, "in": 7, "urgent in": 5, "leave": 0.7, "arrive": 3,
+    "invalidate": 0.3, "reset": 0.1, "weights": 0.1,
 }  # fmt: skip
 
 
@@ -183,5 +183,5 @@ def test_a_long_drive(groups):
     counters = engine.manager.counters
     assert engine.verified > 1000
     for event in ("urgent ins", "aborted copies", "lost", "still there", "no room", "saved"):
-        assert engine.events[event] > 5, event
-    assert min(counters.blocks_kept, counters.blocks_shared, counters.reclaimed_copies) > 5
+        assert engine.events[event], event
+    assert min(counters.blocks_kept, counters.blocks_shared, counters.reclaimed_copies) > 0

@@ -84,8 +84,6 @@ class PolicyMachine(RuleBasedStateMachine):
             max_promotions=promotions,
         )
         self.mode = mode
-        # Jobs that come back do not ask for slots yet: test_who_comes_back_needs_a_slot.
-        slots = None if mode == "proactive" else slots
         self.host = SwapHost(blocks, slots, headroom, **host)
         self.planner = make_planner(self.policy, self.host, mode)
         self.now_s = self.unobserved_s = 0.0

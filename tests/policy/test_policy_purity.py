@@ -11,8 +11,13 @@ import fastserve_vllm
 PACKAGE = Path(fastserve_vllm.__file__).parent
 POLICY = sorted(f"fastserve_vllm.policy.{path.stem}" for path in PACKAGE.glob("policy/[a-z]*.py"))
 KV_SWAP = [
-    f"fastserve_vllm.kv_swap.{name}"
-    for name in "counters host_copy host_pool in_flight manager swap_plan transfers".split()
+    "fastserve_vllm.kv_swap.counters",
+    "fastserve_vllm.kv_swap.host_copy",
+    "fastserve_vllm.kv_swap.host_pool",
+    "fastserve_vllm.kv_swap.in_flight",
+    "fastserve_vllm.kv_swap.manager",
+    "fastserve_vllm.kv_swap.swap_plan",
+    "fastserve_vllm.kv_swap.transfers",
 ]
 PURE = ["fastserve_vllm", "fastserve_vllm.config", "fastserve_vllm.metrics", *KV_SWAP, *POLICY]
 

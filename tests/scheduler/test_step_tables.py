@@ -129,7 +129,8 @@ def test_max_num_active_seqs_bounds_the_batch(make_engine):
 
 def test_full_device_recomputes_whoever_runs_last(make_engine):
     """When blocks run out, the last of the order gives its KV cache up; the batch keeps its own."""
-    engine = make_engine(max_num_seqs=1, num_blocks=5)  # four usable blocks of 32 tokens
+    mode = {"swap_mode": "recompute"}
+    engine = make_engine(5, mode, max_num_seqs=1)  # four usable blocks of 32 tokens
     a = engine.add("a", 60, 30)
     steps(engine, 4)
     b = engine.add("b", 60, 30)

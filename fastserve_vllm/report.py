@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from fastserve_vllm.kv_swap.exchange import KvExchange
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_time import StepTimeModel
@@ -13,9 +14,12 @@ _PERIOD_S = 0.2
 class Reporter:
     """Turns running totals into reports: increments for counters, values for gauges."""
 
-    def __init__(self, planner: StepPlanner, step_time: StepTimeModel) -> None:
+    def __init__(
+        self, planner: StepPlanner, step_time: StepTimeModel, exchange: KvExchange | None
+    ) -> None:
         self._planner = planner
         self._step_time = step_time
+        self._exchange = exchange
         self._reported: dict[str, Any] = {}
         self._next_s = 0.0
         self.scheduler_s = 0.0
@@ -46,6 +50,10 @@ class Reporter:
             "started": counters.started,
             "paused": counters.paused,
             "recomputed": counters.recomputed,
+            "spilled": counters.spilled,
+            "swapped_out": counters.swapped_out,
+            "swapped_in": counters.swapped_in,
+            "saved": counters.saved,
             "declined": dict(counters.declined),
             "steps": self.steps,
             "step_seconds": self.step_s,
@@ -56,6 +64,10 @@ class Reporter:
             totals["demotions"] = policy.demotions
             totals["promotions"] = policy.promotions
             totals["skip_joins"] = policy.skip_joins
+        if self._exchange is not None:
+            totals["copied_bytes"] = dict(self._exchange.copied_bytes)
+            totals["copy_wait_seconds"] = self._exchange.waited_s
+            totals["copies_failed"] = self._exchange.manager.counters.failed
         return totals
 
     def _gauges(self) -> dict[str, Any]:
@@ -65,7 +77,19 @@ class Reporter:
         if isinstance(policy, SkipJoinMlfq):
             gauges["level_jobs"] = {str(i): n for i, n in enumerate(policy.level_sizes)}
             gauges["base_quantum_seconds"] = policy.ladder.base_s
+        if self._exchange is not None:
+            gauges |= self._host_gauges(self._exchange)
         return gauges
+
+    @staticmethod
+    def _host_gauges(exchange: KvExchange) -> dict[str, Any]:
+        manager = exchange.manager
+        free, reclaimable = manager.free_blocks, manager.reclaimable_blocks
+        held = manager.host_blocks - free - reclaimable
+        return {
+            "copy_bytes_per_second": exchange.bandwidth.bytes_per_s,
+            "host_blocks": {"free": free, "reclaimable": reclaimable, "held": held},
+        }
 
 
 def _increase(total: Any, before: Any) -> Any:

@@ -95,7 +95,7 @@ class FastServeScheduler(AsyncScheduler):
         self._last_output_s = 0.0
         self._uncharged_s = 0.0
         self._profile_saved_s = float("-inf")
-        self.reporter = Reporter(self.planner, self.step_time)
+        self.reporter = Reporter(self.planner, self.step_time, self.exchange)
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", self.describe())
         if self.use_v2_model_runner and self.max_num_active_reqs == self.max_num_running_reqs:
@@ -324,6 +324,8 @@ class FastServeScheduler(AsyncScheduler):
                 self._sent_out(job)
             else:
                 self.planner.stayed(job)
+                if completion.lost:
+                    self._preempt_lost(job)
         elif completion.lost and job.state in (JobState.SWAPPED, JobState.QUEUED):
             self._start_over(job)
             self.planner.evict(job, self.clock())
@@ -331,9 +333,9 @@ class FastServeScheduler(AsyncScheduler):
             self._preempt_lost(job)
 
     def _preempt_lost(self, job: Job) -> None:
-        """The job went on with KV cache that never arrived: it starts over.
+        """The job's KV cache on the device never arrived from the host: it starts over.
 
-        vLLM has dropped the output of that step already (`_load_failed`).
+        vLLM has dropped the output of a step that read it (`_load_failed`).
         """
         self._release(job.handle)
         self.planner.evict(job, self.clock())

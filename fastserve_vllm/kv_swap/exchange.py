@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -67,6 +68,9 @@ class KvExchange:
         self._block_bytes = block_bytes(vllm_config, kv_cache_config)
         # A block's hash names its content; only where blocks are hashed one by one is it its key.
         self._keyed = self._kv.enable_caching and len(sizes) == 1
+        # Blocks that fall out of a window are freed while their request runs: not to be read then.
+        specs = [g.kv_cache_spec for g in kv_cache_config.kv_cache_groups]
+        self._saves = all(isinstance(spec, FullAttentionSpec) for spec in specs)
         self.bandwidth = Bandwidth()
         self.waited_s = 0.0
         self.copied_bytes = dict.fromkeys([d.value for d in Direction], 0)
@@ -107,7 +111,9 @@ class KvExchange:
     def unsaved_blocks(self, job: Job) -> int:
         """Full device blocks of the job that the host lacks; 0 while some are on their way."""
         request: Request = job.handle
-        if request.status != RequestStatus.RUNNING or request.request_id in self._failed:
+        if not self._saves or request.status != RequestStatus.RUNNING:
+            return 0
+        if request.request_id in self._failed:
             return 0
         if self.manager.state(request.request_id) not in (None, CopyState.RETAINED):
             return 0

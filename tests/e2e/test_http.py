@@ -136,7 +136,7 @@ async def test_disconnect_frees_the_request(server, async_client):
     for stream in streams:
         await stream.close()
     server.wait_for(RUNNING, WAITING)
-    assert live_jobs(server.metrics()) == {"blocked": 0, "queued": 0, "running": 0, "paused": 0}
+    assert not any(live_jobs(server.metrics()).values())
 
 
 def test_too_long_prompt_is_rejected(server, client):
@@ -169,7 +169,7 @@ async def test_metrics_add_up(server, async_client):
     assert grown("steps") >= 160, "16 requests of 40 tokens in 4 places"
     assert 0 < grown("scheduler_seconds") < grown("step_seconds")
     assert grown("predicted_step_seconds") > 0
-    assert live_jobs(after) == {"blocked": 0, "queued": 0, "running": 0, "paused": 0}
+    assert not any(live_jobs(after).values())
     levels = [v for (name, *_), v in after.items() if name == "vllm:fastserve_level_jobs"]
     assert levels == [0] * 10
     assert after[("vllm:fastserve_base_quantum_seconds",)] == pytest.approx(0.002)

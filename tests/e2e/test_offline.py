@@ -41,7 +41,8 @@ def test_greedy_tokens_equal_stock(tiny_model, requests, stock_tokens, scarce):
         assert requests.generate(llm) == stock_tokens
         counters = scheduler.planner.counters
         assert counters.started > len(requests.prompts), "nothing was ever preempted"
-        assert counters.recomputed > 0 or "num_gpu_blocks_override" not in scarce
+        given_up = counters.recomputed + counters.spilled + counters.swapped_out
+        assert given_up > 0 or "num_gpu_blocks_override" not in scarce
         assert counters.finished == len(requests.prompts)
         scheduler.check_integrity()
         assert not scheduler.planner.jobs

@@ -10,8 +10,8 @@ from vllm.v1.request import Request
 
 import fastserve_vllm
 from fastserve_vllm import demand, host, scheduler
-from fastserve_vllm.kv_swap import exchange
 from fastserve_vllm.host import CONTRACT, HostContractError, Seam
+from fastserve_vllm.kv_swap import exchange
 
 
 @pytest.mark.host_versions

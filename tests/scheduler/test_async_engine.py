@@ -1,30 +1,11 @@
 """Asynchronous scheduling on a real engine, through the test-only platform."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from subprocess_generate import generate
 
-SUPPORT = Path(__file__).parents[1] / "support"
 STARVED = {"num_gpu_blocks_override": 33}
-
-
-def generate(model, *arguments):
-    """What `tests/support/generate.py` prints."""
-    path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "generate.py"), str(model), *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-4000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +24,18 @@ def test_asynchronous_preemption_changes_no_token(tiny_model, stock):
     assert ours["free_blocks"] == ours["blocks"]
 
 
-@pytest.mark.parametrize("caching", [True, False])
-def test_asynchronous_recompute_changes_no_token(tiny_model, stock, caching):
-    """With KV for few requests, recomputation under overlapping steps changes no token either."""
+@pytest.mark.host_versions
+@pytest.mark.parametrize(
+    ("mode", "caching"), [("proactive", False), ("reactive", True), ("recompute", True)]
+)
+def test_short_of_memory_no_token_changes(tiny_model, stock, mode, caching):
+    """KV cache for few requests, overlapping steps, blocks poisoned before they are refilled."""
     engine = {**STARVED, "enable_prefix_caching": caching, "max_num_batched_tokens": 128}
-    ours = generate(tiny_model, "--engine", json.dumps({**engine, "enable_chunked_prefill": True}))
-    assert ours["recomputed"] > 10
+    arguments = ["--engine", json.dumps({**engine, "enable_chunked_prefill": True})]
+    arguments += ["--fastserve", json.dumps({"swap_mode": mode, "swap_space_gib": 0.1})]
+    ours = generate(tiny_model, *arguments, poison=True)
+    moved = ours["spilled"] + ours["swapped_out"]
+    assert (ours["recomputed"] if mode == "recompute" else moved) > 10
     assert ours["tokens"] == stock["tokens"]
     assert ours["free_blocks"] == ours["blocks"]
+    assert not ours.get("host_blocks_held")

@@ -181,7 +181,7 @@ def test_shared_prefix_is_copied_once(make_engine):
     engine = make_engine(num_blocks=14, max_num_seqs=4, enable_prefix_caching=True)
     prefix = list(range(1000, 1064))
     for i in range(5):
-        engine.add(f"r{i}", prefix + [2000 + i], 200)
+        engine.add(f"r{i}", [*prefix, 2000 + i], 200)
     drained(engine)
     assert [len(tokens) for tokens in engine.outputs.values()] == [200] * 5
     assert engine.scheduler.exchange.manager.counters.blocks_shared > 0
@@ -204,7 +204,7 @@ def test_fuzz(make_engine, mode, options, caching, seed):
         **options,
     )
     wanted, aborted = {}, set()
-    for step in range(600):
+    for _step in range(600):
         if rng.random() < 0.12:
             name, output = f"r{len(wanted)}", rng.randrange(1, 120)
             shared = [5] * rng.choice([0, 32, 64, 70])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SUPPORT = Path(__file__).parent
+SUPPORT = Path(__file__).parent / "support"
 
 
 def generate(model, *arguments, poison=False, asynchronous=True):

@@ -1,6 +1,6 @@
 """Greedy tokens under KV swap against stock vLLM with ample KV cache, in every way to run it.
 
-    python tests/support/exactness.py MODEL [--requests 2000] [--only proactive]
+    python tests/exactness.py MODEL [--requests 2000] [--only proactive]
 
 The device has KV blocks for about a fifth of what 64 requests want. Blocks are poisoned before they
 are filled from the host, so that no missing copy can pass.
@@ -80,9 +80,7 @@ def run(model, case, requests):
     fastserve = {"swap_mode": case.mode, "swap_space_gib": 0.25, "base_quantum_s": 0.002}
     arguments = ["--engine", json.dumps(engine), "--fastserve", json.dumps(fastserve)]
     asynchronous = case.runner in ("async", "pp 2")
-    return generate(
-        model, *workload(requests), *arguments, poison=True, asynchronous=asynchronous
-    )
+    return generate(model, *workload(requests), *arguments, poison=True, asynchronous=asynchronous)
 
 
 def faults(case, result, expected):

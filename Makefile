@@ -1,5 +1,6 @@
 # make serve    an OpenAI-compatible server scheduled by FastServe, on this machine's CPU
 # make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33
+# make exact    greedy tokens under KV swap in every way to run the engine (an hour or more)
 # make lint     formatting, lints, types, import contracts
 # make clean    remove caches and build output; make distclean also environments and models
 #
@@ -17,8 +18,9 @@ MODEL ?= $(DEFAULT_MODEL)
 ARGS ?=
 SCHEDULER_ARGS ?= --scheduler fastserve
 PYTEST_ARGS ?=
+EXACT_ARGS ?=
 
-.PHONY: serve test test-033 lint format clean distclean env dev-env vllm-033
+.PHONY: serve test test-033 exact lint format clean distclean env dev-env vllm-033
 .DEFAULT_GOAL := test
 
 serve: env
@@ -36,6 +38,10 @@ test: dev-env
 test-033: dev-env vllm-033
 	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 PYTHONPATH='$(CURDIR)/$(VLLM_033)/overlay' \
 	  $(RUN) -m pytest -m host_versions $(PYTEST_ARGS)
+
+exact: dev-env
+	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) tests/exactness.py $(TINY_MODEL) $(EXACT_ARGS)
 
 lint: dev-env
 	$(RUN) -m ruff check .

@@ -153,7 +153,7 @@ class FastServeScheduler(AsyncScheduler):
         else:
             self._scheduled_at.popleft()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self.exchange is not None:
+        if self.exchange is not None and self.exchange.has_news:
             entered = time.perf_counter()
             for completion in self.exchange.completions():
                 self._copied(completion)

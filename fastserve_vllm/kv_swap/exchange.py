@@ -85,6 +85,8 @@ class KvExchange:
         self._causes: set[str] = set()
         self._flush = False
         self._completions: list[Completion] = []
+        # Whether the workers have reported anything since `completions` was last called.
+        self.has_news = False
 
     # ---- what the planner asks --------------------------------------------------------------
 
@@ -258,6 +260,7 @@ class KvExchange:
 
     def take_in(self, report: Report, output: KVConnectorOutput) -> None:
         """Take in what the workers did, and tell vLLM whose blocks it may free or use."""
+        self.has_news = True
         self.bandwidth.learn(report)
         self.waited_s += report.waited_s
         for direction, copied in report.copied_bytes.items():
@@ -275,6 +278,7 @@ class KvExchange:
     def completions(self) -> Sequence[Completion]:
         """What has completed since the last call, for requests that still live."""
         done, self._completions = self._completions, []
+        self.has_news = False
         return done
 
     def _hand_over(self, completion: Completion, output: KVConnectorOutput) -> None:

@@ -2,8 +2,9 @@
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import Demand, StepBudget, StepLimits, Verdict
@@ -17,8 +18,7 @@ _by_key = attrgetter("key")
 _LOOKAHEAD = 4
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """What one step does; the host applies it.
 
     Attributes:
@@ -458,8 +458,13 @@ class StepPlanner:
         """Move KV cache ahead of need: part of the plan's batch may have to leave."""
         if self.ahead is None:
             return plan
-        self.ahead.reserve.step(sum(n // limits.block_tokens + 1 for n in self._arrived))
+        self.ahead.reserve.step(
+            sum([n // limits.block_tokens + 1 for n in self._arrived]) if self._arrived else 0
+        )
         self._arrived.clear()
+        if not len(self._swapped) and idle_blocks >= self.ahead.most_reserved:
+            self.ahead.relax()
+            return plan
         room = Room(
             idle_blocks=max(idle_blocks, 0),
             freeing_blocks=sum(self._leaving.values()),
@@ -473,7 +478,7 @@ class StepPlanner:
         self.counters.swapped_in += len(decision.swapped_in)
         self.counters.saved += len(decision.saved)
         gone = {*decision.swapped_out, *decision.dropped}
-        plan = replace(plan, swapped_in=tuple(decision.swapped_in), saved=tuple(decision.saved))
+        plan = plan._replace(swapped_in=tuple(decision.swapped_in), saved=tuple(decision.saved))
         if not gone:
             return plan
         for job in decision.swapped_out:
@@ -485,8 +490,7 @@ class StepPlanner:
         for job in decision.dropped:
             self._give_up(job, now_s, spilled=False)
         self._running = [job for job in self._running if job not in gone]
-        return replace(
-            plan,
+        return plan._replace(
             batch=tuple(job for job in plan.batch if job not in gone),
             started=tuple(job for job in plan.started if job not in gone),
             paused=tuple(job for job in plan.paused if job not in gone),

@@ -18,6 +18,7 @@ from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.queues import ReadyQueue
 
 _SLACK = 64
+_QUIET_STEPS = 256
 # The waiting jobs that starvation prevention reaches next are worth having on the device; those
 # behind them wait for it longer than a copy takes, for promotions are rationed.
 _NEXT_PROMOTED = 4
@@ -160,7 +161,7 @@ class SwapPlanner:
         self.policy = policy
         self.demand = demand
         self.reserve = BurstReserve()
-        self._most_reserved = int(_MOST_RESERVED * device_blocks)
+        self.most_reserved = int(_MOST_RESERVED * device_blocks)
         self._paused = paused
         self._swapped = swapped
         self._leavers = _Leavers(self, paused)
@@ -171,7 +172,11 @@ class SwapPlanner:
     @property
     def reserved_blocks(self) -> int:
         """Blocks that coming back may not take."""
-        return min(self.reserve.blocks, self._most_reserved)
+        return min(self.reserve.blocks, self.most_reserved)
+
+    def relax(self) -> None:
+        """A step left more blocks idle than the reserve can be: there is nothing to decide."""
+        self._leavers.rest()
 
     def paused(self, job: Job) -> None:
         """The job began to wait, or its place changed while it waits, on the device."""
@@ -306,9 +311,21 @@ class _Leavers:
         self._groups: dict[tuple[int, int], tuple[list[_Entry], list[_Entry]]] = {}
         self._numbers = count()
         self._size = 0
+        # Nothing is kept while nobody has asked for long.
+        self._asked = False
+        self._unasked_steps = 0
+
+    def rest(self) -> None:
+        """A step has passed in which nobody would ask."""
+        self._unasked_steps += 1
+        if self._asked and self._unasked_steps > _QUIET_STEPS:
+            self._asked = False
+            self._groups.clear()
 
     def push(self, job: Job) -> None:
         """Add a paused job, or follow its change of place."""
+        if not self._asked:
+            return
         self._size += 1
         if self._size > _SLACK + 2 * len(self._paused):
             self._rebuild()
@@ -316,6 +333,10 @@ class _Leavers:
 
     def largest(self, taken: Collection[Job]) -> Job | None:
         """The paused job with the largest (priority, ENST, key), those `taken` left aside."""
+        self._unasked_steps = 0
+        if not self._asked:
+            self._asked = True
+            self._rebuild()
         best: tuple[int, float, tuple[float, ...]] | None = None
         found = None
         enst_s = self._planner.enst_s

@@ -242,7 +242,10 @@ class PolicyMachine(RuleBasedStateMachine):
 
     def check_leavers(self):
         """Every job that could leave is found, at the place that it has now."""
-        groups = self.planner.ahead._leavers._groups
+        leavers = self.planner.ahead._leavers
+        if not leavers._asked:
+            return
+        groups = leavers._groups
         for job in self.planner.jobs:
             if job.state is JobState.PAUSED:
                 for heap in groups[job.priority, job.level]:

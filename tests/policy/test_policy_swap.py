@@ -373,6 +373,9 @@ class TestCost:
                 crowd.swapped.push(job)
         last = join_at(crowd.policy, 5)
         crowd.settle(last)
+        # The first question after a quiet time looks at everybody once.
+        crowd.swap.times = crowd.policy.execute_s(1)
+        crowd.swap._leavers.largest(())
         crowd.demand.calls = crowd.policy.calls = 0
         crowd.demand.wanted = 4
         decision = crowd.swap.decide((), Room(idle_blocks), 1.0)

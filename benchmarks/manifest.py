@@ -29,6 +29,7 @@ def manifest(config: Mapping[str, Any]) -> dict[str, Any]:
             "architecture": platform.machine(),
             "cpu_count": os.cpu_count(),
             "cpu": _cpu_model(),
+            "gpus": _gpus(),
             # At the end of the run; far above the run's own processes, the machine was shared.
             "load_average": os.getloadavg(),
         },
@@ -69,8 +70,19 @@ def rounded(value: Any) -> Any:
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command here, None where there is no repository or no commit."""
+    return _output("git", "-C", str(_ROOT), *arguments)
+
+
+def _gpus() -> list[str]:
+    """A line for each GPU: name, memory, driver, and the link to the host at its best."""
+    fields = "name,memory.total,driver_version,pcie.link.gen.max,pcie.link.width.max"
+    listed = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    return (listed or "").splitlines()
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None where there is no such command or it fails."""
     try:
-        command = ["git", "-C", str(_ROOT), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -43,6 +43,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+_TURN_STEPS = 50
+
+
 class ClosedLoop:
     """Keeps `live` requests in an engine without a model."""
 
@@ -83,28 +86,56 @@ def _step_s(output: Any) -> float:
     return 0.0014 + 21e-6 * (tokens - requests) + 30e-6 * requests
 
 
-def measure(engine: Any, live: int, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Microseconds a step; the median over steps, and the mean, which holds the rare dear ones."""
-    loop = ClosedLoop(engine, live, seed)
-    warm = max(args.warm_turns * live // args.batch, 200)
-    scheduler = engine.scheduler
-    own: list[float] = []
-    whole: list[float] = []
+class Sample:
+    """One engine with a queue of constant length, and what its steps took."""
+
+    def __init__(self, engine: Any, queued: int, seed: int, args: argparse.Namespace) -> None:
+        self._loop = ClosedLoop(engine, args.batch + queued, seed)
+        self._reporter = getattr(engine.scheduler, "reporter", None)
+        self._engine = engine
+        self._warm = max(args.warm_turns * (args.batch + queued) // args.batch, 200)
+        self._own: list[float] = []
+        self._whole: list[float] = []
+        self.steps(self._warm)
+
+    def steps(self, count: int) -> None:
+        """Run steps, each timed alone."""
+        for _ in range(count):
+            before = self._reporter.scheduler_s if self._reporter is not None else 0.0
+            started = time.perf_counter()
+            self._engine.step()
+            self._whole.append(time.perf_counter() - started)
+            if self._reporter is not None:
+                self._own.append(self._reporter.scheduler_s - before)
+            self._loop.top_up()
+
+    def figures(self) -> dict[str, float]:
+        """Microseconds a step: the median, and the mean, which holds the rare dear ones."""
+        warm = self._warm
+        figures = {
+            **_summary("whole", self._whole[warm:]),
+            **_summary("whole_burst", self._whole[:200]),
+        }
+        if self._own:
+            figures |= {
+                **_summary("own", self._own[warm:]),
+                **_summary("own_burst", self._own[:200]),
+            }
+        return figures
+
+
+def measure(
+    fastserve: dict[str, Any] | None, async_: bool, seed: int, args: argparse.Namespace
+) -> list[dict[str, float]]:
+    """Figures for each queue length. They take turns, for a shared machine changes its speed."""
+    samples = [Sample(_engine(fastserve, async_, args), n, seed, args) for n in args.queued]
     gc.collect()
     gc.freeze()
-    for _ in range(warm + args.steps):
-        before = getattr(scheduler, "reporter", None) and scheduler.reporter.scheduler_s
-        started = time.perf_counter()
-        engine.step()
-        whole.append(time.perf_counter() - started)
-        if before is not None:
-            own.append(scheduler.reporter.scheduler_s - before)
-        loop.top_up()
+    for _ in range(args.steps // _TURN_STEPS):
+        for sample in samples:
+            sample.steps(_TURN_STEPS)
     gc.unfreeze()
-    figures = {**_summary("whole", whole[warm:]), **_summary("whole_burst", whole[:200])}
-    if own:
-        figures |= {**_summary("own", own[warm:]), **_summary("own_burst", own[:200])}
-    return figures
+    return [sample.figures() for sample in samples]
 
 
 def _summary(name: str, seconds: list[float]) -> dict[str, float]:
@@ -116,28 +147,23 @@ def _summary(name: str, seconds: list[float]) -> dict[str, float]:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case: stock and FastServe, synchronous and asynchronous, each queue length and seed."""
-    cases = [
-        (s, a, q)
-        for a in ((False,) if args.sync_only else (False, True))
-        for q in args.queued
-        for s in (None, {})
-    ]
+    modes = (False,) if args.sync_only else (False, True)
+    cases = [(system, async_) for async_ in modes for system in (None, {})]
     rows = []
-    for fastserve, async_, queued in tqdm(cases, unit="case"):
-        seeds = [
-            measure(_engine(fastserve, async_, args), args.batch + queued, seed, args)
-            for seed in args.seeds
-        ]
-        rows.append(
-            {
-                "system": "vllm-fcfs" if fastserve is None else "fastserve",
-                "async_scheduling": async_,
-                "batch": args.batch,
-                "queued": queued,
-                **{key: statistics.median(s[key] for s in seeds) for key in seeds[0]},
-                "seeds": seeds,
-            }
-        )
+    for fastserve, async_ in tqdm(cases, unit="case"):
+        seeds = [measure(fastserve, async_, seed, args) for seed in args.seeds]
+        for queued, samples in zip(args.queued, zip(*seeds, strict=True), strict=True):
+            medians = {key: statistics.median(s[key] for s in samples) for key in samples[0]}
+            rows.append(
+                {
+                    "system": "vllm-fcfs" if fastserve is None else "fastserve",
+                    "async_scheduling": async_,
+                    "batch": args.batch,
+                    "queued": queued,
+                    **medians,
+                    "seeds": samples,
+                }
+            )
     return rows
 
 

@@ -65,12 +65,10 @@ class Feeder:
     """Serves workloads on one engine, one after the other. Request ids must never repeat."""
 
     def __init__(self, llm: LLM, system: System, prompt_seed: int) -> None:
-        tokenizer = llm.get_tokenizer()
         self._engine = llm.llm_engine
         self._system = system
         self._prompt_seed = prompt_seed
-        self._vocab_size = len(tokenizer)
-        self._special_ids = tuple(tokenizer.all_special_ids)
+        self._vocab_size, self._special_ids = _vocabulary(llm)
 
     def serve(self, requests: Sequence[Request], clock: Clock) -> Served:
         """Serve all requests to their end; `clock` begins at 0."""
@@ -128,6 +126,15 @@ class _Run:
             progress.token_ids.extend(tokens)
             progress.token_times_s.extend([now_s] * len(tokens))
         return bool(outputs)
+
+
+def _vocabulary(llm: LLM) -> tuple[int, tuple[int, ...]]:
+    """How many tokens there are, and which of them are special; a model alone knows of none."""
+    model = llm.llm_engine.model_config
+    if model.skip_tokenizer_init:
+        return model.get_vocab_size(), ()
+    tokenizer = llm.get_tokenizer()
+    return len(tokenizer), tuple(tokenizer.all_special_ids)
 
 
 def _greedy(output_tokens: int) -> SamplingParams:

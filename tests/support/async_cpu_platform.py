@@ -1,8 +1,9 @@
 """A platform for tests: vLLM's CPU platform with asynchronous scheduling left on.
 
 The stock CPU platform turns it off because it gains nothing there; it works all the same, so the
-asynchronous paths can be tested without an accelerator (`FASTSERVE_TEST_ASYNC=0` turns it off).
-Put this folder on PYTHONPATH: the distribution metadata beside this file announces it to vLLM.
+asynchronous paths can be tested without an accelerator. Put this folder on PYTHONPATH: the
+distribution metadata beside this file announces it to vLLM. With `FASTSERVE_TEST_ASYNC=0` vLLM's own
+platform is used.
 """
 
 import os
@@ -14,9 +15,9 @@ class AsyncCpuPlatform(CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config):
         super().check_and_update_config(vllm_config)
-        wanted = os.environ.get("FASTSERVE_TEST_ASYNC", "1") == "1"
-        vllm_config.scheduler_config.async_scheduling = wanted
+        vllm_config.scheduler_config.async_scheduling = True
 
 
 def register():
-    return "async_cpu_platform.AsyncCpuPlatform"
+    wanted = os.environ.get("FASTSERVE_TEST_ASYNC", "1") == "1"
+    return "async_cpu_platform.AsyncCpuPlatform" if wanted else None

@@ -59,14 +59,15 @@ def main():
         from fastserve_vllm import LLM
 
         selected = {"fastserve_config": args.fastserve}
-    defaults = {"max_model_len": 1024, "max_num_seqs": 6, "block_size": 32, "dtype": "float32"}
-    llm = LLM(
-        args.model,
-        enforce_eager=True,
-        kv_cache_memory_bytes=64 << 20,
-        **{**defaults, **args.engine},
-        **selected,
-    )
+    defaults = {
+        "max_model_len": 1024,
+        "max_num_seqs": 6,
+        "block_size": 32,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+    }
+    llm = LLM(args.model, **{**defaults, **args.engine}, **selected)
     prompts, lengths = requests(args.lengths, args.requests, args.shared_prefix)
     params = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n) for n in lengths]
     outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -2,8 +2,8 @@
 
 The stock CPU platform turns it off because it gains nothing there; it works all the same, so the
 asynchronous paths can be tested without an accelerator. Put this folder on PYTHONPATH: the
-distribution metadata beside this file announces it to vLLM. With `FASTSERVE_TEST_ASYNC=0` vLLM's own
-platform is used.
+distribution metadata beside this file announces it to vLLM. With `FASTSERVE_TEST_ASYNC=0` nothing
+is announced, and vLLM picks its own.
 """
 
 import os

@@ -346,7 +346,7 @@ class FastServeScheduler(AsyncScheduler):
         return transfers is not None and bool(transfers.invalid_block_ids)
 
     def _resize_running(self) -> None:
-        """VLLM has set some requests back to the last token whose KV cache is valid."""
+        """Follow vLLM, which set some requests back to the last token whose KV cache is valid."""
         for job in self.planner.running:
             self._size_up_rest(job)
 
@@ -437,7 +437,7 @@ class FastServeScheduler(AsyncScheduler):
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
-        """VLLM itself takes a request's blocks: its KV cache goes to the host or is lost."""
+        """When vLLM itself takes a request's blocks, its KV cache goes to the host or is lost."""
         spilled = not self._resetting and self._spill(request)
         if not spilled and self.exchange is not None:
             self.exchange.abandon(request)

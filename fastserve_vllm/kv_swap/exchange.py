@@ -115,11 +115,14 @@ class KvExchange:
         request: Request = job.handle
         if not self._saves or request.status != RequestStatus.RUNNING:
             return 0
-        if request.request_id in self._failed:
-            return 0
-        if self.manager.state(request.request_id) not in (None, CopyState.RETAINED):
+        if not self._can_leave(request):
             return 0
         return self._final_tokens(request) // self._block_tokens - self._saved_blocks(request)
+
+    def _can_leave(self, request: Request) -> bool:
+        """Whether a copy to the host may begin: none is in flight, and none has failed."""
+        resting = self.manager.state(request.request_id) in (None, CopyState.RETAINED)
+        return resting and request.request_id not in self._failed
 
     @property
     def _block_s(self) -> float:
@@ -160,9 +163,7 @@ class KvExchange:
         Urgent: its device blocks may be freed at once. Otherwise they have to stay until
         `completed` says so; an empty transfer has completed already.
         """
-        if not request.num_computed_tokens or request.request_id in self._failed:
-            return None
-        if self.manager.state(request.request_id) not in (None, CopyState.RETAINED):
+        if not request.num_computed_tokens or not self._can_leave(request):
             return None
         return self.manager.swap_out(
             request.request_id,
@@ -187,7 +188,7 @@ class KvExchange:
 
     def abandon(self, request: Request) -> None:
         """The request's device blocks are freed: a copy that still reads them is of no use."""
-        if self.manager.state(request.request_id) is CopyState.SAVING:
+        if self.is_saving(request):
             self.manager.invalidate(request.request_id)
 
     def copy_in(self, request: Request) -> Transfer | None:
@@ -225,7 +226,7 @@ class KvExchange:
         return max(tokens - num_computed_tokens, 0)
 
     def allocated(self, request: Request, num_external_tokens: int) -> None:
-        """VLLM has allocated blocks to a request, which it fills in this very step."""
+        """Fill the blocks that vLLM has allocated to a request, in this very step."""
         if self.manager.state(request.request_id) is not CopyState.SWAPPED:
             return
         if not num_external_tokens:
@@ -282,7 +283,7 @@ class KvExchange:
         return done
 
     def _hand_over(self, completion: Completion, output: KVConnectorOutput) -> None:
-        """VLLM treats a finished copy like KV that came from elsewhere."""
+        """Pass a finished copy to vLLM, like KV that came from elsewhere."""
         request = self._scheduler.requests.get(completion.request_id)
         if request is None:
             return

@@ -10,7 +10,7 @@ from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import Demand, StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.queues import ReadyQueue, reposition, withdraw
-from fastserve_vllm.policy.swap import Room, SwapDemand, SwapPlanner
+from fastserve_vllm.policy.swap import Room, SwapDemand, SwapPlanner, worth_copying
 
 _by_key = attrgetter("key")
 # A step's walk ends once this many jobs a batch place were declined: beyond that, the step is
@@ -446,11 +446,7 @@ class StepPlanner:
     def _spills(self, job: Job) -> bool:
         """Whether the job's KV cache is worth copying out and back, and the host has room."""
         swap = self.swap
-        return (
-            swap is not None
-            and swap.out_s(job) + swap.in_s(job) < swap.recompute_s(job)
-            and swap.has_host_room(job)
-        )
+        return swap is not None and worth_copying(swap, job) and swap.has_host_room(job)
 
     def _move_ahead(
         self, plan: StepPlan, limits: StepLimits, idle_blocks: int, now_s: float

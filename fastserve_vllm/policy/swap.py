@@ -57,8 +57,15 @@ class SwapDemand(Protocol):
         ...
 
 
+def worth_copying(demand: SwapDemand, job: Job) -> bool:
+    """Whether copying the job's KV cache out and back is cheaper than computing it again."""
+    return demand.out_s(job) + demand.in_s(job) < demand.recompute_s(job)
+
+
 class BurstReserve:
-    """Device blocks to keep idle for arrivals: what the largest recent burst of them asked for.
+    """Device blocks to keep ready for arrivals: what the largest recent burst of them asked for.
+
+    Ready are blocks that are idle, or whose content the host has already.
 
     A burst is what arrives within `window` steps, the time in which leaving jobs free no block
     yet. The reserve follows the largest one and forgets it by half every `half_life` steps.
@@ -171,7 +178,7 @@ class SwapPlanner:
 
     @property
     def reserved_blocks(self) -> int:
-        """Blocks that coming back may not take."""
+        """Blocks that shall be idle, or as good as idle."""
         return min(self.reserve.blocks, self.most_reserved)
 
     def relax(self) -> None:
@@ -274,7 +281,7 @@ class SwapPlanner:
 
     def _sends_away(self, decision: SwapDecision, job: Job) -> bool:
         """Send the job's KV cache away if possible, by whatever is cheaper."""
-        if self.demand.recompute_s(job) <= self.demand.out_s(job) + self.demand.in_s(job):
+        if not worth_copying(self.demand, job):
             decision.dropped.append(job)
         elif self.demand.has_host_room(job):
             decision.swapped_out.append(job)

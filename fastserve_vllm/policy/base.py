@@ -39,8 +39,12 @@ class Policy(Protocol):
         """A step of `step_s` seconds ended: charge it to the running jobs."""
         ...
 
-    def promote_starved(self, now_s: float) -> Sequence[Job]:
-        """Raise the jobs that have waited for too long."""
+    def promote_starved(self, now_s: float, steps: int = 1) -> Sequence[Job]:
+        """Raise the jobs that have waited for too long; `steps` ended since the last call."""
+        ...
+
+    def calm_s(self, now_s: float) -> float:
+        """Seconds in which no job changes its place, if the same ones run on and nobody comes."""
         ...
 
     def execute_s(self, batch_size: int) -> Sequence[float]:
@@ -96,9 +100,13 @@ class StaticPolicy:
         """Service does not matter."""
         return ()
 
-    def promote_starved(self, now_s: float) -> Sequence[Job]:
+    def promote_starved(self, now_s: float, steps: int = 1) -> Sequence[Job]:
         """Nobody is ever promoted."""
         return ()
+
+    def calm_s(self, now_s: float) -> float:
+        """Nobody's place ever changes."""
+        return math.inf
 
     def execute_s(self, batch_size: int) -> Sequence[float]:
         """There are no higher levels to wait for."""

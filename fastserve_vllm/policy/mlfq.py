@@ -118,14 +118,14 @@ class SkipJoinMlfq:
             self._schedule_expiry(job)
         return demoted
 
-    def promote_starved(self, now_s: float) -> Sequence[Job]:
+    def promote_starved(self, now_s: float, steps: int = 1) -> Sequence[Job]:
         """Move every job that has waited for the starvation limit to level 0.
 
         Not so a job without KV cache whose first step takes half the limit or longer: on a device
         too small for two such prompts, each would be promoted past the other while that one still
         prefills, and take its memory, for ever. The finite ladder serves them in turn.
         """
-        self._rounds += 1
+        self._rounds += steps
         if self.starvation_limit_s is None or self._rounds % self.promotion_interval:
             return ()
         promoted: list[Job] = []
@@ -142,6 +142,14 @@ class SkipJoinMlfq:
                 self.promotions += 1
                 promoted.append(job)
         return promoted
+
+    def calm_s(self, now_s: float) -> float:
+        """Until the first quantum is used up, or the first promotion falls due."""
+        calm_s = self._expiries[0][0] - self._service_s if self._expiries else math.inf
+        if self.starvation_limit_s is not None and self._waiting:
+            since_s = next(iter(self._waiting)).waiting_since_s
+            calm_s = min(calm_s, since_s + self.starvation_limit_s - now_s)
+        return calm_s
 
     def execute_s(self, batch_size: int) -> Sequence[float]:
         """T_execute of the paper's section 4.2, for a job of each level.

@@ -117,6 +117,13 @@ class StepPlanner:
         return tuple(self._running)
 
     @property
+    def quiet_blocks(self) -> int | None:
+        """Idle device blocks beyond which no KV cache moves; None: some is moving or has to."""
+        if len(self._swapped) or self._leaving or self._coming:
+            return None
+        return 0 if self.ahead is None else self.ahead.most_reserved
+
+    @property
     def num_residents(self) -> int:
         """Jobs that have a place on the device, in the batch or not."""
         return len(self._running) + len(self._paused) + len(self._leaving) + len(self._coming)
@@ -199,10 +206,18 @@ class StepPlanner:
             self._running.remove(job)
             self._pause(job, now_s)
 
-    def observe(self, step_s: float, now_s: float) -> None:
-        """Charge `step_s` seconds to the running jobs; demote and promote."""
+    def observe(self, step_s: float, now_s: float, steps: int = 1) -> None:
+        """Charge `step_s` seconds to the running jobs; demote and promote.
+
+        Args:
+            step_s: seconds that the last steps took.
+            now_s: the time.
+            steps: how many there were, all with the same batch; only in a simulation more than one.
+        """
         self._moved.update(self.policy.charge(step_s))
-        for job in self.policy.promote_starved(now_s):
+        if steps > 1 and self.ahead is not None:
+            self.ahead.skip(steps - 1)
+        for job in self.policy.promote_starved(now_s, steps):
             reposition(job)
             if job.state is JobState.PAUSED and self.ahead is not None:
                 self.ahead.paused(job)

@@ -83,6 +83,12 @@ class BurstReserve:
         self._recent.append(arrived_blocks)
         self._peak = max(self._peak * self._decay, float(self._sum))
 
+    def skip(self, steps: int) -> None:
+        """So many steps were planned in which nobody arrived."""
+        for _ in range(min(steps, len(self._recent))):
+            self.step(0)
+        self._peak *= self._decay ** max(steps - len(self._recent), 0)
+
     @property
     def blocks(self) -> int:
         """The reserve; 0 once arrivals have long stopped."""
@@ -181,9 +187,14 @@ class SwapPlanner:
         """Blocks that shall be idle, or as good as idle."""
         return min(self.reserve.blocks, self.most_reserved)
 
-    def relax(self) -> None:
-        """A step left more blocks idle than the reserve can be: there is nothing to decide."""
-        self._leavers.rest()
+    def relax(self, steps: int = 1) -> None:
+        """Steps left more blocks idle than the reserve can be: there is nothing to decide."""
+        self._leavers.rest(steps)
+
+    def skip(self, steps: int) -> None:
+        """So many steps were planned in which nobody arrived and nothing was to decide."""
+        self.reserve.skip(steps)
+        self.relax(steps)
 
     def paused(self, job: Job) -> None:
         """The job began to wait, or its place changed while it waits, on the device."""
@@ -322,9 +333,9 @@ class _Leavers:
         self._asked = False
         self._unasked_steps = 0
 
-    def rest(self) -> None:
-        """A step has passed in which nobody would ask."""
-        self._unasked_steps += 1
+    def rest(self, steps: int) -> None:
+        """Steps have passed in which nobody would ask."""
+        self._unasked_steps += steps
         if self._asked and self._unasked_steps > _QUIET_STEPS:
             self._asked = False
             self._groups.clear()

@@ -13,6 +13,8 @@ from pydantic.dataclasses import dataclass
 
 PolicyName = Literal["fastserve", "mlfq", "fcfs", "fixed-priority"]
 SwapMode = Literal["proactive", "reactive", "recompute"]
+Objective = Literal["balanced", "smooth", "paper"]
+AgeingRule = Literal["relative", "absolute"]
 POLICY_NAMES: tuple[str, ...] = get_args(PolicyName)
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -37,18 +39,38 @@ class FastServeConfig:
     quantum_ratio: float = Field(default=2.0, gt=1)
     """Quantum of a level over that of the level above it. The paper uses 2."""
 
-    num_levels: int = Field(default=10, ge=1, le=64)
-    """Number of levels; the last has no quantum and is served in arrival order. 10 levels with
-    ratio 2 tell answers apart up to 511 base quanta of service."""
+    objective: Objective = "balanced"
+    """Where the waiting goes under overload (docs/objectives.md). `balanced`: the first token at
+    once, a finite ladder, and turns for whoever can have one for nothing. `smooth`: the gap between
+    two tokens stays within `max_token_gap_s` while the load allows, at the price of more KV swap.
+    `paper`: as published, for comparison. It sets the defaults of the six fields that follow."""
 
-    steady_levels: int = Field(default=8, ge=1, le=64)
-    """Levels that are open at any load. The ones below open only while more than 1.5 batches of
-    requests wait: among long answers, arrival order gives the best mean end-to-end latency as long
-    as few wait. `num_levels` or more keeps all levels open."""
+    num_levels: int | None = Field(default=None, ge=1, le=64)
+    """Number of levels; the last has no quantum. None: 7, which tell answers apart up to 63 base
+    quanta of service; `paper`: 64."""
 
-    starvation_limit_s: float | None = Field(default=3.0, gt=0)
-    """Seconds a request may wait for its next turn before it is promoted to the highest level;
-    None switches promotion off."""
+    service_weight: float | None = Field(default=None, ge=0)
+    """Seconds of age that a second of attained service counts for in the last level; 0 is arrival
+    order. None: 100; `paper`: 0."""
+
+    ageing: AgeingRule | None = None
+    """Who is raised after waiting. `relative`: it waits for `ageing_ratio` times the service it has
+    attained and gets one turn. `absolute`: it waits for `starvation_limit_s` and goes to the
+    highest level, the paper's rule. None: `relative`; `paper`: `absolute`."""
+
+    ageing_ratio: float | None = Field(default=None, ge=0)
+    """Seconds of waiting for each second of service that a request has attained (or its first step
+    is known to take) before it gets a turn, where that costs more than a batch place. None: 10;
+    `smooth`: 0, which lets nobody wait for longer than `max_token_gap_s`."""
+
+    starvation_limit_s: float | Literal["off"] | None = Field(default=None)
+    """Seconds a request may wait for its next turn at most, and `off` to let it wait for ever.
+    None: 3; `paper`: 0.3, from section 4.1."""
+
+    max_token_gap_s: float | None = Field(default=None, gt=0)
+    """Bound of the gap between two tokens with relative ageing, seconds. A prompt is prefilled in
+    chunks that respect it, where chunked prefill is on. None: 0.4, two tokens at the five a second
+    that people read, or 32 base quanta where steps are so slow that this is longer."""
 
     swap_mode: SwapMode = "proactive"
     """What becomes of a preempted request's KV cache when the device runs out of blocks. It moves

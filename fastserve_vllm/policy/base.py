@@ -39,8 +39,8 @@ class Policy(Protocol):
         """A step of `step_s` seconds ended: charge it to the running jobs."""
         ...
 
-    def promote_starved(self, now_s: float, steps: int = 1) -> Sequence[Job]:
-        """Raise the jobs that have waited for too long; `steps` ended since the last call."""
+    def promote_starved(self, now_s: float) -> Sequence[Job]:
+        """Raise the jobs that have waited for too long."""
         ...
 
     def calm_s(self, now_s: float) -> float:
@@ -63,7 +63,7 @@ class Policy(Protocol):
         """The waiting jobs that would be raised first, `limit` at most."""
         ...
 
-    def turn_s(self, job: Job) -> float:
+    def turn_left_s(self, job: Job) -> float:
         """Seconds of service that the waiting job may attain before it loses its place."""
         ...
 
@@ -100,7 +100,7 @@ class StaticPolicy:
         """Service does not matter."""
         return ()
 
-    def promote_starved(self, now_s: float, steps: int = 1) -> Sequence[Job]:
+    def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Nobody is ever promoted."""
         return ()
 
@@ -120,7 +120,7 @@ class StaticPolicy:
         """Nobody is ever promoted."""
         return ()
 
-    def turn_s(self, job: Job) -> float:
+    def turn_left_s(self, job: Job) -> float:
         """A place is never lost by running."""
         return math.inf
 

@@ -50,8 +50,18 @@ class Job:
     key: OrderKey = ()
     arrival: int = 0
     """Sequence number of the arrival: total, and independent of the clock's resolution."""
+    entry: int = 0
+    """Sequence number of its entry into the current level."""
+    joined_s: float = 0.0
+    """When it became able to run, on the scheduler's clock."""
     attained_service_s: float = 0.0
     """Service attained in the current level up to the last time the job stopped running."""
+    served_s: float = 0.0
+    """Service attained in its life, likewise."""
+    grace_s: float = 0.0
+    """Seconds by which its quantum is longer, in the level that it joined."""
+    turn_s: float | None = None
+    """Seconds of the turn that ageing has given it; None: it has none."""
     running_since_s: float = 0.0
     """Reading of the policy's service clock when the job last started to run."""
     waiting_since_s: float = 0.0
@@ -66,3 +76,5 @@ class Job:
     """Its live entry in the ready queue; an entry that is not the ticket is stale."""
     expiry: Any = field(default=None, repr=False)
     """Its live entry among the quantum expiries; likewise."""
+    due: Any = field(default=None, repr=False)
+    """Its live entry among the waiting jobs that may fall due; likewise."""

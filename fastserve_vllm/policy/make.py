@@ -1,21 +1,49 @@
 """Builds the policy that a configuration names."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
 
-from fastserve_vllm.config import FastServeConfig
+from fastserve_vllm.config import AgeingRule, FastServeConfig, Objective
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.base import Fcfs, FixedPriority, Policy
 from fastserve_vllm.policy.job import Job
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
 from fastserve_vllm.policy.step_time import StepTimeModel
 
-# Batches of waiting jobs beyond which the levels below the steady ones open. Simulated on
-# ShareGPT lengths, batch 16: 1 opens them at load 1.0 already, 2 opens them too late at 1.2.
-_PRESSURE_BATCHES = 1.5
-# Promotions: one for so many batch places, in one step of so many. Starvation prevention may cost
-# no more swaps than that: each promotion is followed by half a dozen demotions and some swaps.
-_PLACES_A_PROMOTION = 64
-_PROMOTION_INTERVAL = 4
+T = TypeVar("T")
+
+# What a reader does not notice: two tokens at the five a second that people read.
+_READING_GAP_S = 0.4
+# On an engine whose steps are slow, a gap shorter than this would leave no time for anything else.
+_GAP_QUANTA = 32.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """What an objective sets where the configuration does not.
+
+    Attributes:
+        turn_share: share of the batch places that turns may take at a time.
+    """
+
+    num_levels: int = 7
+    service_weight: float = 100.0
+    ageing: AgeingRule = "relative"
+    ageing_ratio: float = 10.0
+    starvation_limit_s: float = 3.0
+    turn_share: float = 0.25
+
+
+ARRANGEMENTS: dict[Objective, Arrangement] = {
+    "balanced": Arrangement(),
+    "smooth": Arrangement(ageing_ratio=0.0, turn_share=0.5),
+    "paper": Arrangement(
+        num_levels=64, service_weight=0.0, ageing="absolute", starvation_limit_s=0.3
+    ),
+}
+
 # A new smallest decode step moves the ladder only when it differs by this much: re-basing costs a
 # pass over the batch, and measured minima creep. The first one may well be longer than the prior.
 _REBASE_TOLERANCE = 0.05
@@ -23,7 +51,34 @@ _REBASE_TOLERANCE = 0.05
 
 def make_ladder(config: FastServeConfig, base_s: float) -> QuantumLadder:
     """The configured ladder; `base_s` seconds is used where the configuration names no base."""
-    return QuantumLadder(config.base_quantum_s or base_s, config.quantum_ratio, config.num_levels)
+    levels = _chosen(config.num_levels, ARRANGEMENTS[config.objective].num_levels)
+    return QuantumLadder(config.base_quantum_s or base_s, config.quantum_ratio, levels)
+
+
+def make_ageing(config: FastServeConfig, batch_limit: int) -> Ageing | None:
+    """The configured ageing.
+
+    Args:
+        config: the user's choices.
+        batch_limit: jobs in a batch.
+    """
+    preset = ARRANGEMENTS[config.objective]
+    if config.starvation_limit_s == "off":
+        return None
+    limit_s = _chosen(config.starvation_limit_s, preset.starvation_limit_s)
+    if _chosen(config.ageing, preset.ageing) == "absolute":
+        return AbsoluteAgeing(limit_s)
+    return RelativeAgeing(
+        ratio=_chosen(config.ageing_ratio, preset.ageing_ratio),
+        gap_s=_chosen(config.max_token_gap_s, _READING_GAP_S),
+        gap_quanta=_GAP_QUANTA if config.max_token_gap_s is None else 0.0,
+        limit_s=limit_s,
+        most_turns=max(int(preset.turn_share * batch_limit), 1),
+    )
+
+
+def _chosen(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 def rebase(
@@ -54,9 +109,8 @@ def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Pol
     return SkipJoinMlfq(
         make_ladder(config, base_s),
         skip_join=config.policy == "fastserve",
-        starvation_limit_s=config.starvation_limit_s,
-        steady_levels=config.steady_levels,
-        pressure_jobs=int(_PRESSURE_BATCHES * batch_limit),
-        max_promotions=max(batch_limit // _PLACES_A_PROMOTION, 1),
-        promotion_interval=_PROMOTION_INTERVAL,
+        ageing=make_ageing(config, batch_limit),
+        service_weight=_chosen(
+            config.service_weight, ARRANGEMENTS[config.objective].service_weight
+        ),
     )

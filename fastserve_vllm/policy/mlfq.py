@@ -2,37 +2,39 @@
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import count, islice
+from itertools import count
 from operator import itemgetter
 
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, DueQueue, RelativeAgeing
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.quantum import QuantumLadder
 
 _due = itemgetter(0)
+# What has a turn stands above all levels of its priority class.
+_TURN_LEVEL = -1
+# A turn lasts until the first token; predictions of that are a little off.
+_TURN_MARGIN = 1.25
 
 
 class SkipJoinMlfq:
-    """Levels, quanta, demotion, promotion. A `Policy`.
+    """Levels, quanta, demotion, ageing. A `Policy`.
 
     Every job in the batch is charged the whole step, so attained service is kept on one *service
     clock* that a step moves forward for all of them at once: a running job's demotion falls due
     at a fixed reading of it. A step then costs O(d log B) for the d jobs that it demotes, and
     nothing for the others.
 
+    The last level has no quantum. It is served by age, where a second of attained service counts
+    as `service_weight` seconds of age: who has got far is likely to be done soon, for answers have
+    a typical length. Weight 0 is arrival order.
+
     Args:
         ladder: the quanta.
-        skip_join: enter at the level that the prompt's prefill time calls for; otherwise at
-            level 0 (the naive MLFQ of the paper's figure 16).
-        starvation_limit_s: seconds of waiting after which a job goes to level 0; None: never.
-        steady_levels: levels that are open at any load; the ones below take jobs only while more
-            than `pressure_jobs` wait, and until then a quantum in the lowest open one is renewed.
-            Preempting one long answer for another buys nothing while few wait. None: all.
-        pressure_jobs: waiting jobs beyond which the levels below open.
-        max_promotions: most promotions at a time, longest wait first; None: no limit. When more
-            jobs starve than can be served, promoting them all only swaps the batch over and over.
-        promotion_interval: steps from one round of promotions to the next.
+        skip_join: enter at the level that the prompt's prefill time calls for, above the last one
+            in any case; otherwise at level 0 (the naive MLFQ of the paper's figure 16).
+        ageing: what becomes of jobs that wait long; None: nothing.
+        service_weight: seconds of age that a second of service counts for in the last level.
     """
 
     def __init__(
@@ -40,32 +42,26 @@ class SkipJoinMlfq:
         ladder: QuantumLadder,
         *,
         skip_join: bool = True,
-        starvation_limit_s: float | None = None,
-        steady_levels: int | None = None,
-        pressure_jobs: int = 0,
-        max_promotions: int | None = None,
-        promotion_interval: int = 1,
+        ageing: Ageing | None = None,
+        service_weight: float = 0.0,
     ) -> None:
         self.ladder = ladder
         self.skip_join = skip_join
-        self.starvation_limit_s = starvation_limit_s
-        self.pressure_jobs = pressure_jobs
-        self.max_promotions = max_promotions
-        self.promotion_interval = promotion_interval
-        # From here down, levels are kept in arrival order.
-        self.arrival_level = min(steady_levels or ladder.num_levels, ladder.num_levels) - 1
+        self.ageing = ageing
+        self.service_weight = service_weight
         self.demotions = 0
         self.promotions = 0
+        self.turns = 0
+        self.late_turns = 0
         self.skip_joins = 0
         self.level_sizes = [0] * ladder.num_levels
         self._service_s = 0.0
-        self._rounds = 0
         self._num_jobs = 0
         self._num_running = 0
+        self._num_turns = 0
         # When the quantum of each running job is used up, first one first.
         self._expiries: list[tuple[float, int, Job]] = []
-        # Jobs that wait, in the order in which they began to: the clock is monotonic.
-        self._waiting: OrderedDict[Job, None] = OrderedDict()
+        self._waiting = DueQueue()
         self._arrivals = count()
         self._entries = count()
 
@@ -74,82 +70,106 @@ class SkipJoinMlfq:
         """How many levels a job can be in."""
         return self.ladder.num_levels
 
+    @property
+    def gap_s(self) -> float:
+        """The bound that relative ageing sets to the gap between two tokens; else infinite."""
+        if not isinstance(self.ageing, RelativeAgeing):
+            return math.inf
+        return self.ageing.first_due_s(self.ladder.base_s)
+
+    def overdue_s(self, now_s: float) -> float:
+        """For how long the first job to fall due has been due; 0 where none is."""
+        head = self._waiting.first()
+        return 0.0 if head is None else max(now_s - head[0], 0.0)
+
     def join(self, job: Job, now_s: float) -> None:
         """Enter the level that skip-join chooses, with no service attained."""
         job.arrival = next(self._arrivals)
+        job.joined_s = now_s
+        job.served_s = 0.0
         self._num_jobs += 1
-        level = self.ladder.join_level(job.first_step_s) if self.skip_join else 0
+        level = self._join_level(job) if self.skip_join else 0
         self.skip_joins += level > 0
         self.level_sizes[level] += 1
         self._enter(job, level)
+        if self.skip_join:
+            # A prompt that takes longer than any quantum is not demoted before its first token.
+            job.grace_s = max(job.first_step_s - self.ladder.quanta_s[level], 0.0)
         self._wait(job, now_s)
 
     def leave(self, job: Job) -> None:
         """Forget the job."""
         self._num_jobs -= 1
         self.level_sizes[job.level] -= 1
-        self._waiting.pop(job, None)
+        self._waiting.discard(job)
         self._cancel_expiry(job)
+        if job.turn_s is not None:
+            self._num_turns -= 1
+            job.turn_s = None
 
     def start(self, job: Job) -> None:
-        """Run the job against what is left of its quantum."""
-        self._waiting.pop(job, None)
+        """Run the job against what is left of its quantum, or of its turn."""
+        self._waiting.discard(job)
         self._num_running += 1
         job.running_since_s = self._service_s
+        if job.turn_s is not None:
+            prefills = job.state is JobState.QUEUED
+            job.turn_s = _TURN_MARGIN * job.first_step_s if prefills else 0.0
         self._schedule_expiry(job)
 
     def stop(self, job: Job, now_s: float) -> None:
         """Keep the service attained so far; begin to wait."""
-        job.attained_service_s += self._service_s - job.running_since_s
+        self._settle(job)
         self._cancel_expiry(job)
+        if job.turn_s is None and job.level == self.ladder.last_level:
+            job.key = self._key(job)
         self._wait(job, now_s)
 
     def charge(self, step_s: float) -> Sequence[Job]:
-        """Charge a step to every running job; one whose quantum is used up moves down one level."""
+        """Charge a step to every running job; one whose quantum is used up moves down one level.
+
+        One whose turn ends returns to its place, and moves down if that was its quantum, too.
+        """
         self._service_s += step_s
-        demoted = []
+        moved = []
         for job in self._pop_expired():
-            if self._open_below(job.level):
-                self._move(job, job.level + 1)
-                self.demotions += 1
-                demoted.append(job)
-            job.attained_service_s = 0.0
-            job.running_since_s = self._service_s
+            self._settle(job)
+            if job.turn_s is not None:
+                self._end_turn(job)
+                moved.append(job)
+            if job.attained_service_s >= self._quantum_s(job):
+                if job.level < self.ladder.last_level:
+                    self._move(job, job.level + 1)
+                    self.demotions += 1
+                    moved.append(job)
+                job.attained_service_s = 0.0
             self._schedule_expiry(job)
-        return demoted
+        return moved
 
-    def promote_starved(self, now_s: float, steps: int = 1) -> Sequence[Job]:
-        """Move every job that has waited for the starvation limit to level 0.
+    def promote_starved(self, now_s: float) -> Sequence[Job]:
+        """Raise the jobs that have waited for as long as ageing lets them.
 
-        Not so a job without KV cache whose first step takes half the limit or longer: on a device
-        too small for two such prompts, each would be promoted past the other while that one still
+        Relative ageing gives them a turn, the absolute rule moves them to level 0. Not so a job
+        without KV cache whose first step takes half the absolute limit or longer: on a device too
+        small for two such prompts, each would be promoted past the other while that one still
         prefills, and take its memory, for ever. The finite ladder serves them in turn.
         """
-        self._rounds += steps
-        if self.starvation_limit_s is None or self._rounds % self.promotion_interval:
-            return ()
-        promoted: list[Job] = []
-        while self._waiting and len(promoted) != self.max_promotions:
-            job = next(iter(self._waiting))
-            if now_s - job.waiting_since_s < self.starvation_limit_s:
-                break
-            del self._waiting[job]
-            endless = job.state is JobState.QUEUED and (
-                2 * job.first_step_s >= self.starvation_limit_s
-            )
-            if job.level > 0 and not endless:
+        if isinstance(self.ageing, RelativeAgeing):
+            return self._give_turns(self.ageing, now_s)
+        raised: list[Job] = []
+        while (head := self._waiting.first()) is not None and head[0] <= now_s:
+            job = self._waiting.pop()
+            if job.level > 0 and not self._is_endless(job):
                 self._move(job, 0)
                 self.promotions += 1
-                promoted.append(job)
-        return promoted
+                raised.append(job)
+        return raised
 
     def calm_s(self, now_s: float) -> float:
-        """Until the first quantum is used up, or the first promotion falls due."""
+        """Until the first quantum is used up, or the first waiting job falls due."""
         calm_s = self._expiries[0][0] - self._service_s if self._expiries else math.inf
-        if self.starvation_limit_s is not None and self._waiting:
-            since_s = next(iter(self._waiting)).waiting_since_s
-            calm_s = min(calm_s, since_s + self.starvation_limit_s - now_s)
-        return calm_s
+        head = self._waiting.first()
+        return calm_s if head is None else min(calm_s, head[0] - now_s)
 
     def execute_s(self, batch_size: int) -> Sequence[float]:
         """T_execute of the paper's section 4.2, for a job of each level.
@@ -166,18 +186,23 @@ class SkipJoinMlfq:
         return times
 
     def promote_s(self, job: Job, now_s: float) -> float:
-        """T_promote of the paper's section 4.2; infinite without starvation prevention."""
-        if self.starvation_limit_s is None:
+        """T_promote of the paper's section 4.2; infinite without ageing."""
+        if job.turn_s is not None:
+            return 0.0
+        if self.ageing is None:
             return math.inf
-        return max(self.starvation_limit_s - (now_s - job.waiting_since_s), 0.0)
+        patience_s = self.ageing.patience_s(job, self.ladder.base_s, self._total_service_s(job))
+        return max(patience_s - (now_s - job.waiting_since_s), 0.0)
 
     def next_promoted(self, limit: int) -> Sequence[Job]:
-        """The jobs that have waited longest, in the order in which they began to."""
-        return () if self.starvation_limit_s is None else list(islice(self._waiting, limit))
+        """The jobs that fall due first."""
+        return self._waiting.next(limit)
 
-    def turn_s(self, job: Job) -> float:
-        """What is left of its quantum."""
-        return self.ladder.quanta_s[job.level] - self.attained_service_s(job)
+    def turn_left_s(self, job: Job) -> float:
+        """What is left of its quantum; one that has a turn is owed it, whatever it costs."""
+        if job.turn_s is not None:
+            return math.inf
+        return self._quantum_s(job) - self.attained_service_s(job)
 
     def attained_service_s(self, job: Job) -> float:
         """Seconds of service in the job's current level, up to the last step charged."""
@@ -206,12 +231,57 @@ class SkipJoinMlfq:
         Raises:
             AssertionError: naming the law.
         """
-        sizes = [0] * self.num_levels
+        sizes, turns = [0] * self.num_levels, 0
         for job in jobs:
             sizes[job.level] += 1
-            assert (job in self._waiting) <= (job.state is not JobState.RUNNING), f"I1: {job}"
+            turns += job.turn_s is not None
+            assert (job.due is not None) <= (job.state is not JobState.RUNNING), f"I1: {job}"
+            assert (job.key[1] == _TURN_LEVEL) == (job.turn_s is not None), f"I1: {job}"
             assert self.attained_service_s(job) >= -1e-6, f"I3: {job}"
         assert sizes == self.level_sizes, f"I1: {sizes} jobs by level, counted {self.level_sizes}"
+        assert turns == self._num_turns, f"I1: {turns} jobs have a turn, counted {self._num_turns}"
+
+    # ---- levels -------------------------------------------------------------------------------
+
+    def _join_level(self, job: Job) -> int:
+        """Where skip-join puts the job: above the last level, for that has no first token soon."""
+        return min(self.ladder.join_level(job.first_step_s), max(self.ladder.last_level - 1, 0))
+
+    def _quantum_s(self, job: Job) -> float:
+        return self.ladder.quanta_s[job.level] + job.grace_s
+
+    def _move(self, job: Job, level: int) -> None:
+        self.level_sizes[job.level] -= 1
+        self.level_sizes[level] += 1
+        self._enter(job, level)
+
+    def _enter(self, job: Job, level: int) -> None:
+        """Queue at the tail of `level`; in the last one, where age and service say."""
+        job.level = level
+        job.attained_service_s = job.grace_s = 0.0
+        job.entry = next(self._entries)
+        if job.turn_s is None:
+            job.key = self._key(job)
+
+    def _key(self, job: Job) -> tuple[float, ...]:
+        place: float = job.entry
+        if job.level == self.ladder.last_level:
+            place = job.joined_s - self.service_weight * self._total_service_s(job)
+        return (job.priority, job.level, place, job.arrival)
+
+    # ---- service ------------------------------------------------------------------------------
+
+    def _total_service_s(self, job: Job) -> float:
+        if job.state is JobState.RUNNING:
+            return job.served_s + self._service_s - job.running_since_s
+        return job.served_s
+
+    def _settle(self, job: Job) -> None:
+        """Book the running job's service up to now."""
+        seconds = self._service_s - job.running_since_s
+        job.attained_service_s += seconds
+        job.served_s += seconds
+        job.running_since_s = self._service_s
 
     def _pop_expired(self) -> list[Job]:
         """The running jobs whose quantum is used up, each once however short its quantum is."""
@@ -220,25 +290,10 @@ class SkipJoinMlfq:
         del self._expiries[:due]
         return expired
 
-    def _open_below(self, level: int) -> bool:
-        """Whether a job may leave `level` downwards now."""
-        waiting = self._num_jobs - self._num_running
-        return level < self.arrival_level or waiting > self.pressure_jobs
-
-    def _move(self, job: Job, level: int) -> None:
-        self.level_sizes[job.level] -= 1
-        self.level_sizes[level] += 1
-        self._enter(job, level)
-
-    def _enter(self, job: Job, level: int) -> None:
-        """Queue at the tail of `level`; the deepest ones are kept in arrival order instead."""
-        job.level = level
-        job.attained_service_s = 0.0
-        place = job.arrival if level >= self.arrival_level else next(self._entries)
-        job.key = (job.priority, level, place)
-
     def _schedule_expiry(self, job: Job) -> None:
-        left_s = self.ladder.quanta_s[job.level] - job.attained_service_s
+        left_s = job.turn_s
+        if left_s is None:
+            left_s = self._quantum_s(job) - job.attained_service_s
         job.expiry = (job.running_since_s + left_s, job.arrival, job)
         insort(self._expiries, job.expiry)
 
@@ -249,6 +304,40 @@ class SkipJoinMlfq:
         job.expiry = None
         self._num_running -= 1
 
+    # ---- ageing -------------------------------------------------------------------------------
+
     def _wait(self, job: Job, now_s: float) -> None:
         job.waiting_since_s = now_s
-        self._waiting[job] = None
+        if self.ageing is not None and job.turn_s is None:
+            self._waiting.push(job, now_s + self.ageing.first_due_s(self.ladder.base_s))
+
+    def _give_turns(self, ageing: RelativeAgeing, now_s: float) -> list[Job]:
+        """Give those who are due a turn, longest overdue first, as far as turns reach."""
+        raised: list[Job] = []
+        base_s = self.ladder.base_s
+        while (head := self._waiting.first()) is not None and head[0] <= now_s:
+            job = head[2]
+            due_s = job.waiting_since_s + ageing.patience_s(job, base_s, job.served_s)
+            if due_s > now_s:
+                self._waiting.push(job, due_s)
+                continue
+            if self._num_turns >= ageing.most_turns:
+                break
+            self._waiting.pop()
+            self.turns += 1
+            # In time, it would have come in the step after it fell due.
+            self.late_turns += now_s - due_s > ageing.first_due_s(base_s)
+            self._num_turns += 1
+            job.turn_s = 0.0
+            job.key = (job.priority, _TURN_LEVEL, next(self._entries), job.arrival)
+            raised.append(job)
+        return raised
+
+    def _end_turn(self, job: Job) -> None:
+        self._num_turns -= 1
+        job.turn_s = None
+        job.key = self._key(job)
+
+    def _is_endless(self, job: Job) -> bool:
+        limit_s = self.ageing.limit_s if isinstance(self.ageing, AbsoluteAgeing) else math.inf
+        return job.state is JobState.QUEUED and 2 * job.first_step_s >= limit_s

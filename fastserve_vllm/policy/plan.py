@@ -217,7 +217,7 @@ class StepPlanner:
         self._moved.update(self.policy.charge(step_s))
         if steps > 1 and self.ahead is not None:
             self.ahead.skip(steps - 1)
-        for job in self.policy.promote_starved(now_s, steps):
+        for job in self.policy.promote_starved(now_s):
             reposition(job)
             if job.state is JobState.PAUSED and self.ahead is not None:
                 self.ahead.paused(job)

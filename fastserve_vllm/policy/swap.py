@@ -308,7 +308,7 @@ class SwapPlanner:
         """
         if coming.key >= leaver.key:
             return False
-        turn_s = self.policy.turn_s(coming)
+        turn_s = self.policy.turn_left_s(coming)
         return turn_s > self.demand.out_s(leaver) + self.demand.in_s(coming)
 
 
@@ -359,7 +359,7 @@ class _Leavers:
         found = None
         enst_s = self._planner.enst_s
         for (priority, level), (by_key, by_wait) in list(self._groups.items()):
-            if best is not None and (priority, self._planner.times[level]) < best[:2]:
+            if best is not None and (priority, self._planner.times[max(level, 0)]) < best[:2]:
                 continue
             last = self._surface(by_key, taken)
             latest = self._surface(by_wait, taken)
@@ -374,9 +374,9 @@ class _Leavers:
         return found
 
     def _add(self, job: Job) -> None:
-        group = self._groups.setdefault((job.priority, job.level), ([], []))
+        group = self._groups.setdefault((job.priority, int(job.key[1])), ([], []))
         number = next(self._numbers)
-        for heap, rank in zip(group, (job.key[-1], job.waiting_since_s), strict=True):
+        for heap, rank in zip(group, (job.key[2], job.waiting_since_s), strict=True):
             heapq.heappush(heap, (-rank, number, job, job.key, job.waiting_since_s))
 
     def _rebuild(self) -> None:

@@ -1,0 +1,134 @@
+"""How long a job may wait, and what it gets then."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from fastserve_vllm.policy.job import Job, JobState
+
+_SLACK = 64
+# Computing lost KV cache again for the sake of one token may take this share of the time at most.
+_RECOMPUTE_PATIENCE = 10.0
+
+DueEntry = tuple[float, int, Job]
+
+
+@dataclass(frozen=True, slots=True)
+class AbsoluteAgeing:
+    """The paper's rule (section 4.1): who has waited for the limit is promoted to level 0.
+
+    Attributes:
+        limit_s: seconds of waiting.
+    """
+
+    limit_s: float
+
+    def first_due_s(self, base_quantum_s: float) -> float:
+        """The shortest patience of any job."""
+        return self.limit_s
+
+    def patience_s(self, job: Job, base_quantum_s: float, served_s: float) -> float:
+        """Seconds that the job may wait."""
+        return self.limit_s
+
+
+@dataclass(frozen=True, slots=True)
+class RelativeAgeing:
+    """Who has waited long for what it has had gets a turn: the time to compute one token.
+
+    A job whose KV cache is on the device may wait for the gap bound: its turn costs a batch place
+    for a step. To serve any other, KV cache has to move or to be computed, and that takes the
+    longer the more service it has attained. So it waits for `ratio` times that service (or the
+    known time of its first step), but no longer than `limit_s`: its share of the work stays
+    bounded from below, and the churn from above.
+
+    Attributes:
+        ratio: seconds of waiting for a second of service; 0: the gap bound for everybody.
+        gap_s: bound of the gap between two tokens, as far as the load allows.
+        gap_quanta: the same in base quanta; the longer of the two counts.
+        limit_s: longest wait of anybody.
+        most_turns: turns at a time. Beyond that, turns come late, longest overdue first.
+    """
+
+    ratio: float
+    gap_s: float
+    limit_s: float
+    most_turns: int
+    gap_quanta: float = 0.0
+
+    def first_due_s(self, base_quantum_s: float) -> float:
+        """The shortest patience of any job: the gap bound."""
+        return min(max(self.gap_s, self.gap_quanta * base_quantum_s), self.limit_s)
+
+    def patience_s(self, job: Job, base_quantum_s: float, served_s: float) -> float:
+        """Seconds that the job may wait, in the state it is in."""
+        gap_s = self.first_due_s(base_quantum_s)
+        if job.state in (JobState.PAUSED, JobState.RUNNING):
+            return gap_s
+        wait_s = self.ratio * max(served_s, job.first_step_s)
+        if job.state is JobState.QUEUED:
+            wait_s = max(wait_s, _RECOMPUTE_PATIENCE * job.first_step_s)
+        return min(max(wait_s, gap_s), self.limit_s)
+
+
+Ageing = AbsoluteAgeing | RelativeAgeing
+
+
+class DueQueue:
+    """The waiting jobs, next to fall due first: a heap with lazy deletion.
+
+    Operations cost O(log n) amortized.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[DueEntry] = []
+        self._numbers = count()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, job: Job, due_s: float) -> None:
+        """Add the job, or change when it falls due; ties go by the order of the calls."""
+        self._size += job.due is None
+        job.due = (due_s, next(self._numbers), job)
+        heapq.heappush(self._heap, job.due)
+        if len(self._heap) > _SLACK + 2 * self._size:
+            self._heap = [entry for entry in self._heap if entry[2].due is entry]
+            heapq.heapify(self._heap)
+
+    def discard(self, job: Job) -> None:
+        """Remove the job if it is there."""
+        self._size -= job.due is not None
+        job.due = None
+
+    def first(self) -> DueEntry | None:
+        """The entry that falls due first, or None."""
+        heap = self._heap
+        while heap:
+            entry = heap[0]
+            if entry[2].due is entry:
+                return entry
+            heapq.heappop(heap)
+        return None
+
+    def pop(self) -> Job:
+        """Remove and return the job of `first()`, which must be there."""
+        job = heapq.heappop(self._heap)[2]
+        self.discard(job)
+        return job
+
+    def next(self, limit: int) -> Sequence[Job]:
+        """The jobs that fall due first, in order, `limit` at most."""
+        found: list[Job] = []
+        self.first()
+        frontier = [(self._heap[0], 0)] if self._heap else []
+        while frontier and len(found) < limit:
+            entry, index = heapq.heappop(frontier)
+            if entry[2].due is entry:
+                found.append(entry[2])
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(self._heap):
+                    heapq.heappush(frontier, (self._heap[child], child))
+        return found

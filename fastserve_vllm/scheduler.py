@@ -25,7 +25,8 @@ from fastserve_vllm.planned_queue import PlannedQueue
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.make import make_ladder, make_policy
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.policy.step_time import (
     StepShape,
     StepTimeModel,

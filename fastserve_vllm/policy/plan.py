@@ -93,6 +93,7 @@ class StepPlanner:
     def remove(self, job: Job) -> None:
         """A job finished or was aborted, in whatever state."""
         self._leave(job)
+        self._moved.discard(job)
         del self._roster.jobs[job]
         self.counters.finished += 1
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class HostDemand:
-    """A `Demand`: what a job's next step needs, and what its KV cache is worth."""
+    """A `Demand`: what a job's next step needs, and what its KV cache is worth.
+
+    It also sizes jobs up: the tokens that they compute next, and how long their first step takes.
+    """
 
     def __init__(self, scheduler: "FastServeScheduler") -> None:
         self._scheduler = scheduler
@@ -124,3 +127,35 @@ class HostDemand:
             return 0
         groups = self._kv.get_computed_blocks(request)[0].blocks
         return sum(block.ref_cnt > 0 and not block.is_null for group in groups for block in group)
+
+    # ---- what a job computes next -----------------------------------------------------------
+
+    def size_up(self, job: Job) -> None:
+        """Of a job that arrives: predict the first step from the tokens that are not cached."""
+        request: Request = job.handle
+        cached = request.num_computed_tokens or self.cached_tokens(request)
+        uncached = max(request.num_tokens - cached, 1)
+        job.prompt_tokens = request.num_prompt_tokens
+        job.first_step_s = self._prefill_s(uncached)
+        job.next_tokens = uncached
+
+    def size_up_again(self, job: Job) -> None:
+        """Of a job that lost its device blocks: it computes all tokens that the host lacks."""
+        request: Request = job.handle
+        exchange = self._scheduler.exchange
+        job.swapped_tokens = 0 if exchange is None else exchange.matched_tokens(request, 0)
+        job.next_tokens = self._step_tokens(request.num_tokens - job.swapped_tokens)
+        job.first_step_s = self._prefill_s(job.next_tokens)
+
+    def size_up_rest(self, job: Job) -> None:
+        """Of a job whose KV cache is on the device."""
+        request: Request = job.handle
+        job.next_tokens = self._step_tokens(request.num_tokens - request.num_computed_tokens)
+
+    def _step_tokens(self, tokens: int) -> int:
+        """One token is a decode, which may compute some drafts beside it."""
+        return tokens if tokens > 1 else self.decode_tokens
+
+    def _prefill_s(self, tokens: int) -> float:
+        scheduler = self._scheduler
+        return scheduler.step_time.prefill_s(tokens, scheduler.max_num_scheduled_tokens)

@@ -6,7 +6,7 @@ from typing import Any
 from fastserve_vllm.kv_swap.exchange import KvExchange
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.plan import StepPlanner
-from fastserve_vllm.policy.step_time import StepTimeModel
+from fastserve_vllm.step_timer import StepTimer
 
 _PERIOD_S = 0.2
 
@@ -14,24 +14,13 @@ _PERIOD_S = 0.2
 class Reporter:
     """Turns running totals into reports: increments for counters, values for gauges."""
 
-    def __init__(
-        self, planner: StepPlanner, step_time: StepTimeModel, exchange: KvExchange | None
-    ) -> None:
+    def __init__(self, planner: StepPlanner, timer: StepTimer, exchange: KvExchange | None) -> None:
         self._planner = planner
-        self._step_time = step_time
+        self._timer = timer
         self._exchange = exchange
         self._reported: dict[str, Any] = {}
         self._next_s = 0.0
         self.scheduler_s = 0.0
-        self.steps = 0
-        self.step_s = 0.0
-        self.predicted_step_s = 0.0
-
-    def step(self, predicted_s: float, actual_s: float) -> None:
-        """Note a step that ended."""
-        self.steps += 1
-        self.step_s += actual_s
-        self.predicted_step_s += predicted_s
 
     def take(self) -> dict[str, Any] | None:
         """The next report; None if the last one is recent and the engine has not run dry."""
@@ -55,9 +44,9 @@ class Reporter:
             "swapped_in": counters.swapped_in,
             "saved": counters.saved,
             "declined": dict(counters.declined),
-            "steps": self.steps,
-            "step_seconds": self.step_s,
-            "predicted_step_seconds": self.predicted_step_s,
+            "steps": self._timer.steps,
+            "step_seconds": self._timer.step_s,
+            "predicted_step_seconds": self._timer.predicted_step_s,
             "scheduler_seconds": self.scheduler_s,
         }
         if isinstance(policy, SkipJoinMlfq):

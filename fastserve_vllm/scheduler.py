@@ -1,7 +1,6 @@
 """vLLM's scheduler, with each step's batch chosen by FastServe: observe, plan, apply, delegate."""
 
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,28 +17,18 @@ from fastserve_vllm.config import ConfigError, FastServeConfig
 from fastserve_vllm.demand import HostDemand
 from fastserve_vllm.kv_swap.connector import find_connector
 from fastserve_vllm.kv_swap.exchange import KvExchange
-from fastserve_vllm.kv_swap.manager import Completion
-from fastserve_vllm.kv_swap.transfers import Direction
 from fastserve_vllm.kv_swap.worker import refuse_unsupported
 from fastserve_vllm.planned_queue import PlannedQueue
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.make import make_ladder, make_policy
-from fastserve_vllm.policy.mlfq import SkipJoinMlfq
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
-from fastserve_vllm.policy.step_time import (
-    StepShape,
-    StepTimeModel,
-    load_profile,
-    save_profile,
-)
+from fastserve_vllm.policy.make import make_policy, rebase
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.step_plan import StepPlan
+from fastserve_vllm.policy.step_time import StepShape
 from fastserve_vllm.report import Reporter
+from fastserve_vllm.step_timer import StepTimer
+from fastserve_vllm.swap_moves import SwapMoves
 
 logger = init_logger(__name__)
-
-# A new smallest decode step moves the ladder only when it differs by this much: re-basing costs a
-# pass over the batch, and measured minima creep. The first one may well be longer than the prior.
-_REBASE_TOLERANCE = 0.05
-_PROFILE_PERIOD_S = 5.0
 
 
 class FastServeScheduler(AsyncScheduler):
@@ -76,7 +65,8 @@ class FastServeScheduler(AsyncScheduler):
         self.waiting = PlannedQueue()
         self.kv_holding_waiting = PlannedQueue()
         self.left_out: dict[Request, None] = {}
-        self.step_time = _step_time_model(self.fastserve_config)
+        self.timer = StepTimer(self.fastserve_config)
+        self.step_time = self.timer.step_time
         self.demand = HostDemand(self)
         base_s = self.step_time.min_decode_step_s or self.step_time.predict_s(StepShape(0, 1))
         policy = make_policy(self.fastserve_config, base_s, self.max_num_active_reqs)
@@ -91,11 +81,8 @@ class FastServeScheduler(AsyncScheduler):
         self._jobs: dict[str, Job] = {}
         self._blocked: dict[Job, None] = {}
         self._resetting = False
-        self._scheduled_at: deque[float] = deque()
-        self._last_output_s = 0.0
-        self._uncharged_s = 0.0
-        self._profile_saved_s = float("-inf")
-        self.reporter = Reporter(self.planner, self.step_time, self.exchange)
+        self.moves = SwapMoves(self, self._jobs)
+        self.reporter = Reporter(self.planner, self.timer, self.exchange)
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", self.describe())
         if self.use_v2_model_runner and self.max_num_active_reqs == self.max_num_running_reqs:
@@ -140,7 +127,7 @@ class FastServeScheduler(AsyncScheduler):
         delegated = time.perf_counter()
         if plan is not None:
             self._reconcile(plan, output, now_s)
-        self._scheduled_at.append(now_s)
+        self.timer.scheduled(now_s)
         self.reporter.scheduler_s += time.perf_counter() - delegated + planned - entered
         return output
 
@@ -148,69 +135,32 @@ class FastServeScheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Measure the step that ended, then let vLLM take in its output."""
-        if scheduler_output.total_num_scheduled_tokens > 0:
-            self._measure(scheduler_output)
-        else:
-            self._scheduled_at.popleft()
+        entered = time.perf_counter()
+        self.timer.ended(scheduler_output, self.clock())
+        self.reporter.scheduler_s += time.perf_counter() - entered
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.exchange is not None and self.exchange.has_news:
             entered = time.perf_counter()
-            for completion in self.exchange.completions():
-                self._copied(completion)
-            if self._load_failed(model_runner_output):
-                self._resize_running()
+            self.moves.follow(self.exchange, model_runner_output)
             self.reporter.scheduler_s += time.perf_counter() - entered
         # A server is often killed before it shuts its scheduler down, so an idle one saves, too.
-        if not len(self.planner) and self.clock() - self._profile_saved_s > _PROFILE_PERIOD_S:
-            self._save_profile()
+        if not len(self.planner):
+            self.timer.save_at_times(self.clock())
         return outputs
-
-    def _measure(self, output: SchedulerOutput) -> None:
-        """Seconds that a step took alone: from its start, or from the end of the one before."""
-        entered = time.perf_counter()
-        now_s = self.clock()
-        step_s = now_s - max(self._scheduled_at.popleft(), self._last_output_s)
-        self._last_output_s = now_s
-        self._uncharged_s += step_s
-        counts = list(output.num_scheduled_tokens.values())
-        decodes = counts.count(1)
-        shape = StepShape(
-            prefill_tokens=output.total_num_scheduled_tokens - decodes,
-            decodes=decodes,
-            context_tokens=sum(output.scheduled_cached_reqs.num_computed_tokens),
-        )
-        self.reporter.step(self.step_time.predict_s(shape), step_s)
-        self.step_time.observe(shape, step_s)
-        self.reporter.scheduler_s += time.perf_counter() - entered
 
     def _observe(self, now_s: float) -> None:
         """Charge what ran, demote, promote; let in whoever stopped being blocked."""
-        self._rebase()
-        self.planner.observe(self._uncharged_s, now_s)
-        self._uncharged_s = 0.0
+        rebase(self.planner.policy, self.fastserve_config, self.step_time, self.planner.running)
+        self.planner.observe(self.timer.take_s(), now_s)
         for job in list(self._blocked):
             if self._handle_blocked_waiting_request(job.handle):
                 del self._blocked[job]
-                self._size_up(job)
+                self.demand.size_up(job)
                 self.planner.unblock(job, now_s)
-
-    def _rebase(self) -> None:
-        """Let the base quantum follow the smallest decode step seen, unless it is configured."""
-        policy, fastest_s = self.planner.policy, self.step_time.min_decode_step_s
-        if fastest_s is None or not isinstance(policy, SkipJoinMlfq):
-            return
-        if self.fastserve_config.base_quantum_s is not None:
-            return
-        if abs(fastest_s / policy.ladder.base_s - 1) > _REBASE_TOLERANCE:
-            ladder = make_ladder(self.fastserve_config, fastest_s)
-            policy.set_ladder(ladder, self.planner.running)
 
     def _apply(self, plan: StepPlan) -> None:
         """Show vLLM the plan: a narrowed, ordered `running`, and the queued that may start."""
-        for job in plan.spilled:
-            self._give_up(job, spill=True)
-        for job in plan.recomputed:
-            self._give_up(job, spill=False)
+        self.moves.make_room(plan)
         for job in (*plan.paused, *plan.swapped_out):
             # A job that came back from the host and has not run waits among the waiting.
             if job.handle.status == RequestStatus.RUNNING:
@@ -229,126 +179,7 @@ class FastServeScheduler(AsyncScheduler):
         self.running = resident
         self.waiting.plan(queued)
         self.kv_holding_waiting.plan(queued)
-        if self.exchange is not None:
-            self._move(plan, self.exchange)
-
-    # ---- KV cache that leaves and comes back ------------------------------------------------
-
-    def _move(self, plan: StepPlan, exchange: KvExchange) -> None:
-        """Start the copies that run beside the step."""
-        for job in plan.swapped_out:
-            self._send_out(job, exchange)
-        for job in plan.swapped_in:
-            self._bring_in(job, exchange)
-        for job in plan.saved:
-            exchange.save(job.handle)
-
-    def _give_up(self, job: Job, *, spill: bool) -> None:
-        """Free the job's device blocks at once; its KV cache goes to the host or is lost."""
-        request: Request = job.handle
-        if spill and self._spill(request):
-            self._release(request)
-        else:
-            self._release(request)
-            if spill:
-                self.planner.evict(job, self.clock())
-        self._start_over(job)
-
-    def _spill(self, request: Request) -> bool:
-        """Copy the KV cache to the host before its blocks are written again."""
-        if self.exchange is None:
-            return False
-        return self.exchange.copy_out(request, urgent=True) is not None
-
-    def _release(self, request: Request) -> None:
-        """Free the device blocks of a resident request, which then waits like a preempted one."""
-        if request.status == RequestStatus.RUNNING:
-            if request in self.left_out:
-                del self.left_out[request]
-            else:
-                self.running.remove(request)
-            if self.exchange is not None:
-                self.exchange.abandon(request)
-            super()._preempt_request(request, time.monotonic())
-            return
-        # It came back from the host and has not run since: vLLM knows it as preempted already.
-        self.kv_holding_waiting.remove_request(request)
-        self.kv_cache_manager.free(request)
-        request.num_computed_tokens = 0
-        self.waiting.add_request(request)
-
-    def _send_out(self, job: Job, exchange: KvExchange) -> None:
-        """Start copying the KV cache of a job that was left out; its blocks stay until it is."""
-        transfer = exchange.copy_out(job.handle, urgent=False)
-        if transfer is None:
-            self.planner.stayed(job)
-        elif not transfer.device_blocks:
-            self._sent_out(job)
-
-    def _sent_out(self, job: Job) -> None:
-        self._release(job.handle)
-        self.planner.swapped_out(job)
-        self._start_over(job)
-
-    def _bring_in(self, job: Job, exchange: KvExchange) -> None:
-        """Start copying the KV cache of a swapped job back."""
-        transfer = exchange.copy_in(job.handle)
-        if transfer is None:
-            self.planner.evict(job, self.clock(), spilled=True)
-        elif not transfer.device_blocks:
-            self.finished_recving_kv_req_ids.add(job.job_id)
-            self._brought_in(job)
-
-    def _brought_in(self, job: Job) -> None:
-        """The copy has ended, well or not; let vLLM take note."""
-        request: Request = job.handle
-        self._handle_blocked_waiting_request(request)
-        if request.num_computed_tokens:
-            self._size_up_rest(job)
-            self.planner.swapped_in(job)
-            return
-        self.kv_holding_waiting.remove_request(request)
-        self.waiting.add_request(request)
-        self._start_over(job)
-        self.planner.evict(job, self.clock())
-
-    def _copied(self, completion: Completion) -> None:
-        """A copy has completed of a request that still lives, and may have been reset since."""
-        job = self._jobs.get(completion.request_id)
-        if job is None:
-            return
-        if job.state is JobState.SWAPPING_IN and completion.direction is Direction.IN:
-            self._brought_in(job)
-        elif job.state is JobState.SWAPPING_OUT and completion.direction is Direction.OUT:
-            if completion.cause is None:
-                self._sent_out(job)
-            else:
-                self.planner.stayed(job)
-                if completion.lost:
-                    self._preempt_lost(job)
-        elif completion.lost and job.state in (JobState.SWAPPED, JobState.QUEUED):
-            self._start_over(job)
-            self.planner.evict(job, self.clock())
-        elif completion.lost and job.state in (JobState.RUNNING, JobState.PAUSED):
-            self._preempt_lost(job)
-
-    def _preempt_lost(self, job: Job) -> None:
-        """The job's KV cache on the device never arrived from the host: it starts over.
-
-        vLLM has dropped the output of a step that read it (`_load_failed`).
-        """
-        self._release(job.handle)
-        self.planner.evict(job, self.clock())
-        self._start_over(job)
-
-    def _load_failed(self, output: ModelRunnerOutput) -> bool:
-        transfers = output.kv_connector_output
-        return transfers is not None and bool(transfers.invalid_block_ids)
-
-    def _resize_running(self) -> None:
-        """Follow vLLM, which set some requests back to the last token whose KV cache is valid."""
-        for job in self.planner.running:
-            self._size_up_rest(job)
+        self.moves.begin(plan)
 
     def _reconcile(self, plan: StepPlan, output: SchedulerOutput, now_s: float) -> None:
         """Follow what vLLM did where it could not follow the plan; track prefills."""
@@ -393,7 +224,7 @@ class FastServeScheduler(AsyncScheduler):
             )
             self._jobs[request.request_id] = job
             if not self._is_blocked_waiting_status(request.status):
-                self._size_up(job)
+                self.demand.size_up(job)
                 self.planner.add(job, self.clock())
                 return
             self.planner.add_blocked(job)
@@ -404,47 +235,32 @@ class FastServeScheduler(AsyncScheduler):
         self.planner.block(job)
         self._blocked[job] = None
 
-    def _size_up(self, job: Job) -> None:
-        """Predict the first step from the prompt tokens that are not cached."""
-        request: Request = job.handle
-        cached = request.num_computed_tokens or self.demand.cached_tokens(request)
-        uncached = max(request.num_tokens - cached, 1)
-        job.prompt_tokens = request.num_prompt_tokens
-        job.first_step_s = self._prefill_s(uncached)
-        job.next_tokens = uncached
-
-    def _start_over(self, job: Job) -> None:
-        """A job that lost its device blocks computes all tokens again that the host lacks."""
-        request: Request = job.handle
-        job.swapped_tokens = 0
-        if self.exchange is not None:
-            job.swapped_tokens = self.exchange.matched_tokens(request, 0)
-        job.next_tokens = self._step_tokens(request.num_tokens - job.swapped_tokens)
-        job.first_step_s = self._prefill_s(job.next_tokens)
-
-    def _size_up_rest(self, job: Job) -> None:
-        """What is left to compute of a job whose KV cache is on the device."""
-        request: Request = job.handle
-        job.next_tokens = self._step_tokens(request.num_tokens - request.num_computed_tokens)
-
-    def _step_tokens(self, tokens: int) -> int:
-        """One token is a decode, which may compute some drafts beside it."""
-        return tokens if tokens > 1 else self.demand.decode_tokens
-
-    def _prefill_s(self, tokens: int) -> float:
-        return self.step_time.prefill_s(tokens, self.max_num_scheduled_tokens)
+    def release(self, request: Request) -> None:
+        """Free the device blocks of a resident request, which then waits like a preempted one."""
+        if request.status == RequestStatus.RUNNING:
+            if request in self.left_out:
+                del self.left_out[request]
+            else:
+                self.running.remove(request)
+            if self.exchange is not None:
+                self.exchange.abandon(request)
+            super()._preempt_request(request, time.monotonic())
+            return
+        # It came back from the host and has not run since: vLLM knows it as preempted already.
+        self.kv_holding_waiting.remove_request(request)
+        self.kv_cache_manager.free(request)
+        request.num_computed_tokens = 0
+        self.waiting.add_request(request)
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
         """When vLLM itself takes a request's blocks, its KV cache goes to the host or is lost."""
-        spilled = not self._resetting and self._spill(request)
+        spilled = not self._resetting and self.moves.spill(request)
         if not spilled and self.exchange is not None:
             self.exchange.abandon(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
-        job = self._jobs[request.request_id]
-        self.planner.evict(job, self.clock(), spilled=spilled)
-        self._start_over(job)
+        self.moves.start_over(self._jobs[request.request_id], spilled=spilled)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
@@ -489,7 +305,7 @@ class FastServeScheduler(AsyncScheduler):
         self.running = [*self.running, *self.left_out]
         self.left_out.clear()
         if reset_running_requests:
-            self._forget_swapped()
+            self.moves.forget_all()
         self._resetting = reset_running_requests
         try:
             successful = super().reset_prefix_cache(reset_running_requests, reset_connector)
@@ -499,39 +315,13 @@ class FastServeScheduler(AsyncScheduler):
             self.left_out.update((r, None) for r in self.running if r not in batch)
             self.running = [r for r in self.running if r in batch]
         if successful:
-            self._forget_swapped()
+            self.moves.forget_all()
         return successful
-
-    def _forget_swapped(self) -> None:
-        """KV cache that is on the host, on its way, or just back is not valid any more."""
-        if self.exchange is None:
-            return
-        self.exchange.abandon_all()
-        for job in list(self.planner.jobs):
-            request: Request = job.handle
-            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and (
-                job.state is JobState.SWAPPING_IN
-            ):
-                request.status = RequestStatus.PREEMPTED
-            elif job.state is not JobState.SWAPPED and not (
-                job.state is JobState.PAUSED and request.status == RequestStatus.PREEMPTED
-            ):
-                continue
-            if request.num_computed_tokens:
-                self._release(request)
-            self._start_over(job)
-            self.planner.evict(job, self.clock())
 
     def shutdown(self) -> None:
         """As vLLM's; saves the step-time profile once more."""
-        self._save_profile()
+        self.timer.save(self.clock())
         super().shutdown()
-
-    def _save_profile(self) -> None:
-        path = self.fastserve_config.save_step_time_profile
-        if path is not None and self.step_time.min_decode_step_s is not None:
-            save_profile(self.step_time, path)
-            self._profile_saved_s = self.clock()
 
     def check_integrity(self) -> None:
         """Invariant I1 across vLLM's containers and the planner's. For tests and debugging.
@@ -554,12 +344,3 @@ class FastServeScheduler(AsyncScheduler):
                 JobState.SWAPPING_OUT: left_out,
             }
             assert job.handle in expected.get(job.state, waiting), f"I1: {job}"
-
-
-def _step_time_model(config: FastServeConfig) -> StepTimeModel:
-    if config.step_time_profile is None:
-        return StepTimeModel()
-    try:
-        return load_profile(config.step_time_profile)
-    except ValueError as error:
-        raise ConfigError(f"fastserve_config.step_time_profile: {error}") from None

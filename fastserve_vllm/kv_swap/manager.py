@@ -21,9 +21,10 @@ from fastserve_vllm.kv_swap.host_copy import (
     HostCopies,
     HostCopy,
 )
-from fastserve_vllm.kv_swap.host_pool import ContentKey, HostPool
+from fastserve_vllm.kv_swap.host_pool import HostPool
 from fastserve_vllm.kv_swap.in_flight import InFlight
-from fastserve_vllm.kv_swap.swap_plan import BlockKeys, BlockTable, Layout, OutPlan
+from fastserve_vllm.kv_swap.outbound import Begun, Outbound
+from fastserve_vllm.kv_swap.swap_plan import BlockKeys, BlockTable, Layout
 from fastserve_vllm.kv_swap.transfers import Direction, Report, Transfer
 
 __all__ = [
@@ -64,6 +65,9 @@ class SwapManager:
         self._pool = HostPool(host_blocks)
         self._in_flight = InFlight(self._pool, workers)
         self._copies = HostCopies(self._pool)
+        self._outbound = Outbound(
+            self._layout, self._pool, self._copies, self._in_flight, self.counters
+        )
         # Live requests that have been swapped out before, whatever became of the copy.
         self._returning: set[str] = set()
 
@@ -104,22 +108,13 @@ class SwapManager:
         copy = self._copies.get(request_id)
         return 0 if copy is None else copy.tokens
 
-    def blocks_to_copy(
-        self, request_id: str, blocks: BlockTable, tokens: int, *, keys: BlockKeys = ()
-    ) -> int:
-        """Blocks that `swap_out` would copy now, were there room. Changes nothing."""
-        return len(self._plan_out(self._leaving(request_id), blocks, tokens, keys).places)
-
     def has_room(
         self, request_id: str, blocks: BlockTable, tokens: int, *, keys: BlockKeys = ()
     ) -> bool:
         """Whether `swap_out` would succeed now. Changes nothing."""
         if self.state(request_id) not in (None, CopyState.RETAINED):
             return False
-        copy = self._leaving(request_id)
-        if not copy.flights and self._layout.most_blocks(tokens) <= self._pool.num_free:
-            return True
-        return self._fits(copy, self._plan_out(copy, blocks, tokens, keys), tokens)
+        return self._outbound.has_room(request_id, blocks, tokens, keys)
 
     # ---- swapping -----------------------------------------------------------------------------
 
@@ -153,19 +148,16 @@ class SwapManager:
         Raises:
             ValueError: the KV is not on the device, or the tables are too short.
         """
-        begun = self._begin_out(request_id, blocks, tokens, keys)
+        begun = self._outbound.begin(request_id, blocks, tokens, keys)
         if begun is None:
             return None
-        copy, plan, host_blocks, names = begun
-        copy.state = CopyState.SWAPPED if urgent or not host_blocks else CopyState.SWAPPING_OUT
+        copy, at_once = begun.copy, urgent or not begun.host_blocks
+        copy.state = CopyState.SWAPPED if at_once else CopyState.SWAPPING_OUT
         again = request_id in self._returning
-        self.counters.count_out(plan, copy.saved_blocks, again=again, urgent=urgent)
+        self.counters.count_out(begun.plan, copy.saved_blocks, again=again, urgent=urgent)
         copy.saved_blocks = 0
         self._returning.add(request_id)
-        device_blocks = [place.device_block for place in plan.places]
-        return self._in_flight.begin(
-            copy, Direction.OUT, device_blocks, host_blocks, keys=names, urgent=urgent
-        )
+        return self._fly_out(begun, urgent=urgent)
 
     def save(
         self, request_id: str, blocks: BlockTable, tokens: int, *, keys: BlockKeys = ()
@@ -188,21 +180,28 @@ class SwapManager:
         Raises:
             ValueError: the KV is not on the device, or the tables are too short.
         """
-        if self._leaving(request_id).tokens >= tokens:
+        if self._outbound.copy_of(request_id).tokens >= tokens:
             return None
-        begun = self._begin_out(request_id, blocks, tokens, keys)
+        begun = self._outbound.begin(request_id, blocks, tokens, keys)
         if begun is None:
             return None
-        copy, plan, host_blocks, names = begun
-        copy.state = CopyState.SAVING if host_blocks else CopyState.RETAINED
-        copy.saved_blocks += len(host_blocks)
-        self.counters.count_save(plan)
-        device_blocks = [place.device_block for place in plan.places]
-        transfer = self._in_flight.begin(
-            copy, Direction.OUT, device_blocks, host_blocks, keys=names, urgent=False
-        )
+        copy = begun.copy
+        copy.state = CopyState.SAVING if begun.host_blocks else CopyState.RETAINED
+        copy.saved_blocks += len(begun.host_blocks)
+        self.counters.count_save(begun.plan)
+        transfer = self._fly_out(begun, urgent=False)
         self._copies.rest(copy)
         return transfer
+
+    def _fly_out(self, begun: Begun, *, urgent: bool) -> Transfer:
+        return self._in_flight.begin(
+            begun.copy,
+            Direction.OUT,
+            begun.device_blocks,
+            begun.host_blocks,
+            keys=begun.names,
+            urgent=urgent,
+        )
 
     def swap_in(
         self,
@@ -232,7 +231,8 @@ class SwapManager:
         """
         copy = self._copies.get(request_id)
         if copy is None or copy.state is not CopyState.SWAPPED:
-            raise ValueError(f"{request_id} cannot be swapped in: {_describe(copy)}")
+            where = "nothing of it is on the host" if copy is None else f"it is {copy.state.value}"
+            raise ValueError(f"{request_id} cannot be swapped in: {where}")
         wanted = copy.tokens if tokens is None else min(tokens, copy.tokens)
         device_blocks, host_blocks = self._layout.plan_in(copy, blocks, first_token, wanted)
         self._pool.drop(copy.trim(wanted, self._layout.block_tokens))
@@ -336,72 +336,6 @@ class SwapManager:
         self._in_flight.check_integrity()
         self._copies.check_integrity()
 
-    # ---- steps of a swap-out ------------------------------------------------------------------
-
-    def _begin_out(
-        self, request_id: str, blocks: BlockTable, tokens: int, keys: BlockKeys
-    ) -> tuple[HostCopy, OutPlan, list[int], dict[int, ContentKey]] | None:
-        """Make the request's copy cover the tokens; None: there is no room.
-
-        Returns:
-            The copy, what is done, the host blocks to be filled, and the content they will have.
-        """
-        copy = self._leaving(request_id)
-        plan = self._plan_out(copy, blocks, tokens, keys)
-        if not self._fits(copy, plan, tokens):
-            self.counters.no_room += 1
-            return None
-        # What a swap-in has not brought yet, the host alone has.
-        copy.lost = self._in_flight.withdraw(copy, Direction.IN)
-        self._copies.add(copy)
-        host_blocks, names = self._take_blocks(copy, plan)
-        copy.slots, copy.tokens = plan.slots, tokens
-        return copy, plan, host_blocks, names
-
-    def _leaving(self, request_id: str) -> HostCopy:
-        """The copy of a request whose KV is on the device; a new one where there is none."""
-        copy = self._copies.get(request_id) or HostCopy(request_id, CopyState.RETAINED)
-        if copy.state is not CopyState.RETAINED:
-            raise ValueError(f"{request_id} cannot be swapped out: {_describe(copy)}")
-        return copy
-
-    def _plan_out(
-        self, copy: HostCopy, blocks: BlockTable, tokens: int, keys: BlockKeys
-    ) -> OutPlan:
-        return self._layout.plan_out(self._pool, copy, blocks, tokens, keys)
-
-    def _fits(self, copy: HostCopy, plan: OutPlan, tokens: int) -> bool:
-        unsent = [flight.transfer.direction for flight in copy.unsent()]
-        if Direction.IN in unsent and tokens > copy.tokens:
-            # The device does not have it yet, and the host not any more.
-            return False
-        if plan.fresh <= self._pool.num_free:
-            return True
-        own = self._copies.idle_blocks(copy)
-        return plan.fresh <= self._pool.room(own, plan.shared, plan.released)
-
-    def _take_blocks(
-        self, copy: HostCopy, plan: OutPlan
-    ) -> tuple[list[int], dict[int, ContentKey]]:
-        """Give every place of the plan its block; returns the blocks, and the keys of full ones."""
-        self._pool.hold(plan.shared)
-        self._pool.drop(plan.released)
-        while plan.fresh > self._pool.num_free:
-            self._copies.reclaim()
-            self.counters.reclaimed_copies += 1
-        host_blocks: list[int] = []
-        names: dict[int, ContentKey] = {}
-        for place in plan.places:
-            block = plan.slots[place.group][place.slot]
-            if block is None:
-                block = plan.slots[place.group][place.slot] = self._pool.take()
-            else:
-                copy.forget_content(block)
-            host_blocks.append(block)
-            if place.key is not None:
-                names[block] = place.key
-        return host_blocks, names
-
     # ---- the life of a copy -------------------------------------------------------------------
 
     def _conclude(self, copy: HostCopy, flight: Flight) -> Completion | None:
@@ -437,7 +371,3 @@ class SwapManager:
         """Forget the copy, and what the workers do not know of yet."""
         self._in_flight.withdraw(copy, *Direction)
         self._copies.remove(copy)
-
-
-def _describe(copy: HostCopy | None) -> str:
-    return "nothing of it is on the host" if copy is None else f"it is {copy.state.value}"

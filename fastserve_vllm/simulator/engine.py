@@ -14,7 +14,8 @@ from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import StepLimits
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.make import make_policy, rebase
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
 from fastserve_vllm.simulator.copies import Copy, CopyChannels
 from fastserve_vllm.simulator.kv_cache import HostState, KvCache, LiveRequest

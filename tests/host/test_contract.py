@@ -9,9 +9,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 import fastserve_vllm
-from fastserve_vllm import demand, host, scheduler
-from fastserve_vllm.host import CONTRACT, HostContractError, Seam
+from fastserve_vllm import demand, host, scheduler, swap_moves
+from fastserve_vllm.contract import CONTRACT
+from fastserve_vllm.host import HostContractError
 from fastserve_vllm.kv_swap import exchange
+from fastserve_vllm.seam import Seam, written_by_init
 
 
 @pytest.mark.host_versions
@@ -126,7 +128,7 @@ class Uses(ast.NodeVisitor):
 
 def host_state():
     """Instance attributes of vLLM's scheduler."""
-    return set(host._written_by_init(Scheduler))
+    return set(written_by_init(Scheduler))
 
 
 def listed(owner):
@@ -135,12 +137,14 @@ def listed(owner):
     return {seam.path.rpartition(".")[2] for seam in paths} | {n for s in paths for n in s.sets}
 
 
-@pytest.mark.parametrize("module", [scheduler, demand, exchange], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [scheduler, demand, exchange, swap_moves], ids=lambda m: m.__name__
+)
 def test_contract_is_complete(module):
     """What the code touches of vLLM's scheduler and requests is in the table."""
     uses = Uses(module)
     ours = set(vars(scheduler.FastServeScheduler)) - set(dir(Scheduler))
-    ours |= set(host._written_by_init(scheduler.FastServeScheduler)) - host_state()
+    ours |= set(written_by_init(scheduler.FastServeScheduler)) - host_state()
     assert uses.of_request <= listed("Request")
     assert uses.of_scheduler - ours - {"__init__"} <= listed("Scheduler")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.v1.simple_kv_offload import cuda_mem_ops
 
-from fastserve_vllm.host import CONTRACT
+from fastserve_vllm.contract import CONTRACT
 from fastserve_vllm.kv_swap import host_memory, layout, metadata, streams, worker
 
 pytestmark = pytest.mark.host_versions

@@ -28,6 +28,11 @@ class Manager(SwapManager):
         self.check_integrity()
         return direction
 
+    def blocks_to_copy(self, name, blocks, tokens, *, keys=()):
+        """How many blocks a swap-out would copy now; nothing changes."""
+        copy = self._outbound.copy_of(name)
+        return len(self._outbound.plan(copy, blocks, tokens, keys).places)
+
     def land(self, *transfers, cause=None):
         """Every worker reports the transfers; without any, all that were to be handed over."""
         transfers = transfers or self.take_transfers()

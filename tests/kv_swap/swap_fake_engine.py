@@ -232,7 +232,6 @@ class FakeEngine:
         tokens = request.computed + request.drafts
         args = (request.name, request.tables, tokens)
         keys = self.some_keys(request)
-        number = self.manager.blocks_to_copy(*args, keys=keys)
         room = self.manager.has_room(*args, keys=keys)
         others = {name: self.manager.state(name) for name in self.live}
         transfer = self.manager.swap_out(*args, keys=keys, urgent=urgent)
@@ -242,11 +241,10 @@ class FakeEngine:
             self.refused(request, args, keys, urgent=urgent)
             return
         self.count("urgent outs" if urgent else "outs")
-        assert number == len(transfer.device_blocks)
         held = {block for table in request.tables for block in table if block != NULL}
         assert held.issuperset(transfer.device_blocks)
         self.owners[transfer.transfer_id] = request
-        if number and not urgent:
+        if transfer.device_blocks and not urgent:
             request.place, request.transfer = Place.LEAVING, transfer
             return
         request.place, request.unloaded = Place.AWAY, False

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from fastserve_vllm.policy.base import Fcfs, Policy
 from fastserve_vllm.policy.budget import StepLimits
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.step_plan import StepPlan
 
 TICK_S = 2.0**-10
 """Times are multiples of this, so that sums of them are exact."""

@@ -8,7 +8,8 @@ from fake_host import BLOCK_TOKENS, FakeHost, Stage, blocks_for
 from fastserve_vllm.policy.base import Fcfs, Policy
 from fastserve_vllm.policy.budget import StepLimits
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.step_plan import StepPlan
 
 MOVING = (JobState.SWAPPING_OUT, JobState.SWAPPING_IN)
 MODES = ("recompute", "reactive", "proactive")

@@ -7,8 +7,8 @@ from operator import attrgetter
 from fastserve_vllm.policy.budget import StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
-from fastserve_vllm.policy.plan import _LOOKAHEAD
 from fastserve_vllm.policy.quantum import QuantumLadder
+from fastserve_vllm.policy.walk import LOOKAHEAD
 
 by_key = attrgetter("key")
 
@@ -204,7 +204,7 @@ def reference_plan(jobs: Iterable[Job], limits: StepLimits, demand: object) -> R
         runnable = [job for job in runnable if job.state in _RESIDENT or demand.holds_kv(job)]
     budget = StepBudget(limits, demand, lambda: residents)
     plan = ReferencePlan([], [], {})
-    declines = _LOOKAHEAD * (limits.batch_limit + 1)
+    declines = LOOKAHEAD * (limits.batch_limit + 1)
     for job in sorted(runnable, key=by_key):
         verdict = plan.verdicts[job] = budget.admit(job)
         declines -= verdict is Verdict.DECLINED

@@ -13,8 +13,8 @@ from reference import CheckedMlfq, ReferencePlan, by_key, reference_plan
 
 from fastserve_vllm.policy.budget import StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.plan import StepPlan
 from fastserve_vllm.policy.quantum import QuantumLadder
+from fastserve_vllm.policy.step_plan import StepPlan
 
 RESIDENT = (JobState.RUNNING, JobState.PAUSED)
 ticks = st.integers(1, 64)

@@ -292,6 +292,18 @@ class TestStates:
         assert stage.planner.running == (stage.jobs["b"],)
         assert stage.step() == "a b"
 
+    def test_a_demoted_job_may_leave_before_the_next_plan(self):
+        """The planner forgets that its place had changed."""
+        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0), starvation_limit_s=None))
+        arrivals(stage, "ab")
+        stage.step()
+        stage.planner.observe(1.5, 1.5)
+        stage.planner.remove(stage.jobs["a"])
+        plan = stage.planner.plan(
+            stage.host.limits(stage.planner, batch_limit=2, token_budget=64), 1.5
+        )
+        assert plan.batch == (stage.jobs["b"],)
+
     def test_an_evicted_job_keeps_its_place(self):
         """A job whose KV cache the host took starts over at the place that it had."""
         stage = Stage()

@@ -16,6 +16,7 @@ KV_SWAP = [
     "fastserve_vllm.kv_swap.host_pool",
     "fastserve_vllm.kv_swap.in_flight",
     "fastserve_vllm.kv_swap.manager",
+    "fastserve_vllm.kv_swap.outbound",
     "fastserve_vllm.kv_swap.swap_plan",
     "fastserve_vllm.kv_swap.transfers",
 ]

@@ -16,7 +16,8 @@ from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
 from fastserve_vllm.policy.queues import ReadyQueue
-from fastserve_vllm.policy.swap import BurstReserve, Room, SwapDecision, SwapPlanner
+from fastserve_vllm.policy.room import BurstReserve, Room
+from fastserve_vllm.policy.swap import SwapDecision, SwapPlanner
 
 seeds = st.integers(0, 1 << 30)
 

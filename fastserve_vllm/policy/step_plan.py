@@ -1,0 +1,47 @@
+"""What a step does, and counts of what the steps so far did."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fastserve_vllm.policy.job import Job
+
+
+class StepPlan(NamedTuple):
+    """What one step does; the host applies it.
+
+    Attributes:
+        batch: the jobs that run, in the total order. A prefill that gets only what the others
+            leave of the token budget comes last.
+        started: those of them that were not running before.
+        paused: jobs left out that keep their KV cache on the device.
+        recomputed: jobs that give up their KV cache, before anything else happens.
+        spilled: jobs whose device blocks are taken at once, and whose KV cache goes to the host
+            before the step computes: the step waits for the copy.
+        swapped_out: jobs whose KV cache is copied to the host while others run.
+        swapped_in: jobs whose KV cache is copied back likewise.
+        saved: jobs that stay, and whose full blocks are copied to the host in advance.
+    """
+
+    batch: tuple[Job, ...]
+    started: tuple[Job, ...] = ()
+    paused: tuple[Job, ...] = ()
+    recomputed: tuple[Job, ...] = ()
+    spilled: tuple[Job, ...] = ()
+    swapped_out: tuple[Job, ...] = ()
+    swapped_in: tuple[Job, ...] = ()
+    saved: tuple[Job, ...] = ()
+
+
+@dataclass(slots=True)
+class StepCounters:
+    """Arrows taken so far, by name."""
+
+    started: int = 0
+    paused: int = 0
+    recomputed: int = 0
+    spilled: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    saved: int = 0
+    finished: int = 0
+    declined: dict[str, int] = field(default_factory=dict)

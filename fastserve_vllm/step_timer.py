@@ -1,0 +1,89 @@
+"""How long steps take: measured when they end, learned, and saved as a profile."""
+
+from collections import deque
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from fastserve_vllm.config import ConfigError, FastServeConfig
+from fastserve_vllm.policy.step_time import (
+    StepShape,
+    StepTimeModel,
+    load_profile,
+    save_profile,
+)
+
+_PROFILE_PERIOD_S = 5.0
+
+
+class StepTimer:
+    """Measures the steps that end, and learns from them.
+
+    Args:
+        config: names the profile to begin with, and where to save what was learned.
+
+    Raises:
+        ConfigError: the profile cannot be read.
+    """
+
+    def __init__(self, config: FastServeConfig) -> None:
+        self.step_time = _step_time_model(config)
+        self.steps = 0
+        self.step_s = 0.0
+        self.predicted_step_s = 0.0
+        self._scheduled_at: deque[float] = deque()
+        self._last_output_s = 0.0
+        self._uncharged_s = 0.0
+        self._profile = config.save_step_time_profile
+        self._saved_s = float("-inf")
+
+    def scheduled(self, now_s: float) -> None:
+        """A step was scheduled, empty or not."""
+        self._scheduled_at.append(now_s)
+
+    def ended(self, output: SchedulerOutput, now_s: float) -> None:
+        """The oldest step in flight ended.
+
+        It took the seconds that it ran alone: from its start, or from the end of the one before.
+        """
+        scheduled_s = self._scheduled_at.popleft()
+        if not output.total_num_scheduled_tokens:
+            return
+        step_s = now_s - max(scheduled_s, self._last_output_s)
+        self._last_output_s = now_s
+        self._uncharged_s += step_s
+        counts = list(output.num_scheduled_tokens.values())
+        decodes = counts.count(1)
+        shape = StepShape(
+            prefill_tokens=output.total_num_scheduled_tokens - decodes,
+            decodes=decodes,
+            context_tokens=sum(output.scheduled_cached_reqs.num_computed_tokens),
+        )
+        self.steps += 1
+        self.step_s += step_s
+        self.predicted_step_s += self.step_time.predict_s(shape)
+        self.step_time.observe(shape, step_s)
+
+    def take_s(self) -> float:
+        """Seconds of the steps that ended since the last call: to be charged to those that ran."""
+        seconds, self._uncharged_s = self._uncharged_s, 0.0
+        return seconds
+
+    def save_at_times(self, now_s: float) -> None:
+        """Save the profile unless it was saved a moment ago."""
+        if now_s - self._saved_s > _PROFILE_PERIOD_S:
+            self.save(now_s)
+
+    def save(self, now_s: float) -> None:
+        """Save the profile where that is configured and a step has been measured."""
+        if self._profile is not None and self.step_time.min_decode_step_s is not None:
+            save_profile(self.step_time, self._profile)
+            self._saved_s = now_s
+
+
+def _step_time_model(config: FastServeConfig) -> StepTimeModel:
+    if config.step_time_profile is None:
+        return StepTimeModel()
+    try:
+        return load_profile(config.step_time_profile)
+    except ValueError as error:
+        raise ConfigError(f"fastserve_config.step_time_profile: {error}") from None

@@ -1,0 +1,166 @@
+"""KV cache that leaves the device and comes back: begins the copies, follows how they end."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from fastserve_vllm.kv_swap.exchange import KvExchange
+from fastserve_vllm.kv_swap.manager import Completion
+from fastserve_vllm.kv_swap.transfers import Direction
+from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.step_plan import StepPlan
+
+if TYPE_CHECKING:
+    from fastserve_vllm.scheduler import FastServeScheduler
+
+
+class SwapMoves:
+    """Keeps vLLM's requests and the planner's jobs in step while KV cache moves or is lost.
+
+    Args:
+        scheduler: it frees device blocks and knows the time.
+        jobs: the live jobs by request id.
+    """
+
+    def __init__(self, scheduler: "FastServeScheduler", jobs: Mapping[str, Job]) -> None:
+        self._scheduler = scheduler
+        self._jobs = jobs
+        self._planner = scheduler.planner
+        self._demand = scheduler.demand
+        self._exchange = scheduler.exchange
+
+    # ---- what a plan asks for ---------------------------------------------------------------
+
+    def make_room(self, plan: StepPlan) -> None:
+        """Take the device blocks of the jobs that the plan spills or recomputes."""
+        for job in plan.spilled:
+            spilled = self.spill(job.handle)
+            self._scheduler.release(job.handle)
+            if spilled:
+                self._demand.size_up_again(job)
+            else:
+                self.start_over(job)
+        for job in plan.recomputed:
+            self._scheduler.release(job.handle)
+            self._demand.size_up_again(job)
+
+    def begin(self, plan: StepPlan) -> None:
+        """Start the copies that run beside the step."""
+        exchange = self._exchange
+        if exchange is None:
+            return
+        for job in plan.swapped_out:
+            self._send_out(job, exchange)
+        for job in plan.swapped_in:
+            self._bring_in(job, exchange)
+        for job in plan.saved:
+            exchange.save(job.handle)
+
+    def spill(self, request: Request) -> bool:
+        """Copy the KV cache to the host before its blocks are written again, if possible."""
+        if self._exchange is None:
+            return False
+        return self._exchange.copy_out(request, urgent=True) is not None
+
+    def _send_out(self, job: Job, exchange: KvExchange) -> None:
+        """Start copying the KV cache of a job that was left out; its blocks stay until it is."""
+        transfer = exchange.copy_out(job.handle, urgent=False)
+        if transfer is None:
+            self._planner.stayed(job)
+        elif not transfer.device_blocks:
+            self._sent_out(job)
+
+    def _bring_in(self, job: Job, exchange: KvExchange) -> None:
+        """Start copying the KV cache of a swapped job back."""
+        transfer = exchange.copy_in(job.handle)
+        if transfer is None:
+            self._planner.evict(job, self._scheduler.clock(), spilled=True)
+        elif not transfer.device_blocks:
+            self._scheduler.finished_recving_kv_req_ids.add(job.job_id)
+            self._brought_in(job)
+
+    # ---- what becomes of the copies ---------------------------------------------------------
+
+    def follow(self, exchange: KvExchange, output: ModelRunnerOutput) -> None:
+        """Take in the copies that have completed, and what vLLM made of those that failed."""
+        for completion in exchange.completions():
+            job = self._jobs.get(completion.request_id)
+            if job is not None:
+                self._copied(job, completion)
+        transfers = output.kv_connector_output
+        if transfers is not None and transfers.invalid_block_ids:
+            # vLLM has set some requests back to the last token whose KV cache is valid.
+            for job in self._planner.running:
+                self._demand.size_up_rest(job)
+
+    def _copied(self, job: Job, completion: Completion) -> None:
+        """A copy has completed of a request that still lives, and may have been reset since."""
+        if job.state is JobState.SWAPPING_IN and completion.direction is Direction.IN:
+            self._brought_in(job)
+        elif job.state is JobState.SWAPPING_OUT and completion.direction is Direction.OUT:
+            if completion.cause is None:
+                self._sent_out(job)
+            else:
+                self._planner.stayed(job)
+                if completion.lost:
+                    self._lose(job)
+        elif completion.lost and job.state in (JobState.SWAPPED, JobState.QUEUED):
+            self.start_over(job)
+        elif completion.lost and job.state in (JobState.RUNNING, JobState.PAUSED):
+            self._lose(job)
+
+    def _sent_out(self, job: Job) -> None:
+        self._scheduler.release(job.handle)
+        self._planner.swapped_out(job)
+        self._demand.size_up_again(job)
+
+    def _brought_in(self, job: Job) -> None:
+        """The copy has ended, well or not; let vLLM take note."""
+        request: Request = job.handle
+        self._scheduler._handle_blocked_waiting_request(request)
+        if request.num_computed_tokens:
+            self._demand.size_up_rest(job)
+            self._planner.swapped_in(job)
+            return
+        self._scheduler.kv_holding_waiting.remove_request(request)
+        self._scheduler.waiting.add_request(request)
+        self.start_over(job)
+
+    def _lose(self, job: Job) -> None:
+        """The job's KV cache on the device never arrived from the host: it is of no use.
+
+        vLLM has dropped the output of a step that read it.
+        """
+        self._scheduler.release(job.handle)
+        self.start_over(job)
+
+    def start_over(self, job: Job, *, spilled: bool = False) -> None:
+        """The job's device blocks are gone: it computes all tokens again that the host lacks.
+
+        Args:
+            job: in whatever state.
+            spilled: its KV cache is on the host.
+        """
+        self._planner.evict(job, self._scheduler.clock(), spilled=spilled)
+        self._demand.size_up_again(job)
+
+    def forget_all(self) -> None:
+        """KV cache that is on the host, on its way, or just back is not valid any more."""
+        if self._exchange is None:
+            return
+        self._exchange.abandon_all()
+        for job in list(self._planner.jobs):
+            request: Request = job.handle
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and (
+                job.state is JobState.SWAPPING_IN
+            ):
+                request.status = RequestStatus.PREEMPTED
+            elif job.state is not JobState.SWAPPED and not (
+                job.state is JobState.PAUSED and request.status == RequestStatus.PREEMPTED
+            ):
+                continue
+            if request.num_computed_tokens:
+                self._scheduler.release(request)
+            self.start_over(job)

@@ -33,8 +33,9 @@ class FastServeConfig:
     arrival order (`fcfs`), or shortest prompt first (`fixed-priority`)."""
 
     base_quantum_s: float | None = Field(default=None, gt=0)
-    """Seconds of service in the highest level. None: the smallest decode step seen so far, as in
-    section 4.1 of the paper; it then follows the model and the machine by itself."""
+    """Seconds of service in the highest level. None: a decode step of a full batch, so a token of
+    each request; `paper`: the smallest decode step seen so far (section 4.1). Either follows the
+    model and the machine by itself."""
 
     quantum_ratio: float = Field(default=2.0, gt=1)
     """Quantum of a level over that of the level above it. The paper uses 2."""
@@ -47,11 +48,11 @@ class FastServeConfig:
 
     num_levels: int | None = Field(default=None, ge=1, le=64)
     """Number of levels; the last has no quantum. None: 7, which tell answers apart up to 63 base
-    quanta of service; `paper`: 64."""
+    quanta of service, about as many tokens; `paper`: 64."""
 
     service_weight: float | None = Field(default=None, ge=0)
     """Seconds of age that a second of attained service counts for in the last level; 0 is arrival
-    order. None: 100; `paper`: 0."""
+    order. None: 75; `paper`: 0."""
 
     ageing: AgeingRule | None = None
     """Who is raised after waiting. `relative`: it waits for `ageing_ratio` times the service it has

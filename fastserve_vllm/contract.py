@@ -87,6 +87,7 @@ CONTRACT: tuple[Seam, ...] = (
             "max_num_scheduled_tokens",
             "num_waiting_for_streaming_input",
             "num_spec_tokens",
+            "has_mamba_layers",
             "scheduler_config",
             "current_step",
             "_pause_state",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
-from fastserve_vllm.policy.budget import StepLimits
+from fastserve_vllm.policy.budget import StepLimits, token_budget
 from fastserve_vllm.policy.job import Job, JobState
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ class HostDemand:
         self._overlapping = scheduler.vllm_config.max_concurrent_batches > 1
         config, lora = scheduler.scheduler_config, scheduler.lora_config
         self.decode_tokens = 1 + scheduler.num_spec_tokens
+        self._most_tokens: int = scheduler.max_num_scheduled_tokens
+        # Where a prefill cannot be cut, or only at the boundaries of a state-space model's blocks,
+        # a smaller budget may be none at all.
+        self._narrows = config.enable_chunked_prefill and not scheduler.has_mamba_layers
         self._chunk = config.long_prefill_token_threshold or 1 << 62
         self._chunked = config.enable_chunked_prefill
         self._max_adapters = lora.max_loras if lora is not None else None
@@ -57,6 +61,15 @@ class HostDemand:
             overlapping=self._overlapping,
             admit_queued=scheduler._pause_state is PauseState.UNPAUSED,
         )
+
+    def token_budget(self) -> int:
+        """Tokens of the next step: the engine's limit, or what the gap bound leaves of it."""
+        scheduler = self._scheduler
+        if not self._narrows:
+            return self._most_tokens
+        decodes = scheduler.max_num_active_reqs * self.decode_tokens
+        gap_s = scheduler.planner.policy.gap_s
+        return token_budget(scheduler.step_time, gap_s, self._most_tokens, decodes)
 
     def unready(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs for which vLLM would not schedule a token now.
@@ -158,4 +171,4 @@ class HostDemand:
 
     def _prefill_s(self, tokens: int) -> float:
         scheduler = self._scheduler
-        return scheduler.step_time.prefill_s(tokens, scheduler.max_num_scheduled_tokens)
+        return scheduler.step_time.prefill_s(tokens, self._most_tokens)

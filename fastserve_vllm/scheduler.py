@@ -20,10 +20,9 @@ from fastserve_vllm.kv_swap.exchange import KvExchange
 from fastserve_vllm.kv_swap.worker import refuse_unsupported
 from fastserve_vllm.planned_queue import PlannedQueue
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.make import make_policy, rebase
+from fastserve_vllm.policy.make import base_quantum_s, describe, make_policy, rebase
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_plan import StepPlan
-from fastserve_vllm.policy.step_time import StepShape
 from fastserve_vllm.report import Reporter
 from fastserve_vllm.step_timer import StepTimer
 from fastserve_vllm.swap_moves import SwapMoves
@@ -68,8 +67,9 @@ class FastServeScheduler(AsyncScheduler):
         self.timer = StepTimer(self.fastserve_config)
         self.step_time = self.timer.step_time
         self.demand = HostDemand(self)
-        base_s = self.step_time.min_decode_step_s or self.step_time.predict_s(StepShape(0, 1))
-        policy = make_policy(self.fastserve_config, base_s, self.max_num_active_reqs)
+        config, batch_limit = self.fastserve_config, self.max_num_active_reqs
+        base_s = base_quantum_s(config, self.step_time, batch_limit)
+        policy = make_policy(config, base_s, batch_limit)
         self.exchange: KvExchange | None = None
         if self.fastserve_config.swap_mode != "recompute":
             refuse_unsupported(self.kv_cache_config)
@@ -97,9 +97,7 @@ class FastServeScheduler(AsyncScheduler):
         """One line: policy, ladder, batch limit, device blocks."""
         config = self.fastserve_config
         return (
-            f"policy {config.policy}, {config.num_levels} levels, quantum ratio "
-            f"{config.quantum_ratio:g}, base quantum {config.base_quantum_s or 'learned'}, "
-            f"starvation limit {config.starvation_limit_s} s, batch limit "
+            f"policy {config.policy}, {describe(self.planner.policy, config)}, batch limit "
             f"{self.max_num_active_reqs}, {self.kv_cache_config.num_blocks} device blocks, "
             f"{self._describe_swap()}, model runner {'V2' if self.use_v2_model_runner else 'V1'}"
         )
@@ -120,6 +118,8 @@ class FastServeScheduler(AsyncScheduler):
         plan = None
         if self._pause_state is not PauseState.PAUSED_ALL:
             self._observe(now_s)
+            # vLLM reads its token budget anew in every step.
+            self.max_num_scheduled_tokens = self.demand.token_budget()
             plan = self.planner.plan(self.demand.limits(), now_s)
             self._apply(plan)
         planned = time.perf_counter()
@@ -150,13 +150,15 @@ class FastServeScheduler(AsyncScheduler):
 
     def _observe(self, now_s: float) -> None:
         """Charge what ran, demote, promote; let in whoever stopped being blocked."""
-        rebase(self.planner.policy, self.fastserve_config, self.step_time, self.planner.running)
-        self.planner.observe(self.timer.take_s(), now_s)
+        planner = self.planner
+        batch_limit = self.max_num_active_reqs
+        rebase(planner.policy, self.fastserve_config, self.step_time, batch_limit, planner.running)
+        planner.observe(self.timer.take_s(), now_s)
         for job in list(self._blocked):
             if self._handle_blocked_waiting_request(job.handle):
                 del self._blocked[job]
                 self.demand.size_up(job)
-                self.planner.unblock(job, now_s)
+                planner.unblock(job, now_s)
 
     def _apply(self, plan: StepPlan) -> None:
         """Show vLLM the plan: a narrowed, ordered `running`, and the queued that may start."""

@@ -106,12 +106,9 @@ class DueQueue:
     def first(self) -> DueEntry | None:
         """The entry that falls due first, or None."""
         heap = self._heap
-        while heap:
-            entry = heap[0]
-            if entry[2].due is entry:
-                return entry
+        while heap and heap[0][2].due is not heap[0]:
             heapq.heappop(heap)
-        return None
+        return heap[0] if heap else None
 
     def pop(self) -> Job:
         """Remove and return the job of `first()`, which must be there."""

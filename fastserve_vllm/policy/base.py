@@ -19,6 +19,11 @@ class Policy(Protocol):
         """How many levels a job can be in."""
         ...
 
+    @property
+    def gap_s(self) -> float:
+        """Bound that is set to the gap between two tokens of a job; infinite: none."""
+        ...
+
     def join(self, job: Job, now_s: float) -> None:
         """Give an arriving job its level and key. It waits from `now_s` on."""
         ...
@@ -72,6 +77,7 @@ class StaticPolicy:
     """A policy whose keys never change: no levels, no quanta, no promotion."""
 
     num_levels = 1
+    gap_s = math.inf
 
     def __init__(self) -> None:
         self._arrivals = count()

@@ -7,8 +7,10 @@ from operator import attrgetter
 from typing import Protocol
 
 from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.step_time import StepTimeModel
 
 _by_key = attrgetter("key")
+_LEAST_CHUNK = 128
 
 
 class Demand(Protocol):
@@ -101,6 +103,24 @@ class StepLimits:
             if queued > self.free_slots:
                 return False
         return tokens <= self.token_budget and blocks <= self.free_blocks
+
+
+def token_budget(
+    step_time: StepTimeModel, gap_s: float, most_tokens: int, decode_tokens: int
+) -> int:
+    """Tokens of a step that leaves those who decode within their gap bound.
+
+    A prefill may take half of the bound: the other half is for waiting. A step always has room for
+    a token of each job of the batch, and for a chunk that is worth a step of its own.
+
+    Args:
+        step_time: what computing tokens costs.
+        gap_s: bound of the gap between two tokens; infinite: none.
+        most_tokens: the engine's own limit.
+        decode_tokens: tokens that a full batch decodes.
+    """
+    within = step_time.prefill_tokens_within(gap_s / 2)
+    return min(most_tokens, max(within, decode_tokens + _LEAST_CHUNK))
 
 
 class Verdict(Enum):

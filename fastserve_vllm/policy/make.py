@@ -10,7 +10,7 @@ from fastserve_vllm.policy.base import Fcfs, FixedPriority, Policy
 from fastserve_vllm.policy.job import Job
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
-from fastserve_vllm.policy.step_time import StepTimeModel
+from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Arrangement:
     """
 
     num_levels: int = 7
-    service_weight: float = 100.0
+    service_weight: float = 75.0
     ageing: AgeingRule = "relative"
     ageing_ratio: float = 10.0
     starvation_limit_s: float = 3.0
@@ -44,8 +44,8 @@ ARRANGEMENTS: dict[Objective, Arrangement] = {
     ),
 }
 
-# A new smallest decode step moves the ladder only when it differs by this much: re-basing costs a
-# pass over the batch, and measured minima creep. The first one may well be longer than the prior.
+# A new base moves the ladder only when it differs by this much: re-basing costs a pass over the
+# batch, and what is learned creeps.
 _REBASE_TOLERANCE = 0.05
 
 
@@ -81,17 +81,51 @@ def _chosen(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-def rebase(
-    policy: Policy, config: FastServeConfig, step_time: StepTimeModel, running: Iterable[Job]
-) -> None:
-    """Let the base quantum follow the smallest decode step seen, unless it is configured."""
-    fastest_s = step_time.min_decode_step_s
-    if fastest_s is None or not isinstance(policy, SkipJoinMlfq):
-        return
+def base_quantum_s(config: FastServeConfig, step_time: StepTimeModel, batch_limit: int) -> float:
+    """Seconds of the highest level's quantum, as far as they are known.
+
+    A quantum of one is a token of each job of a full batch, so that the levels mean as many tokens
+    whatever the batch. The paper's arrangement takes the smallest step (section 4.1).
+    """
     if config.base_quantum_s is not None:
+        return config.base_quantum_s
+    alone_s = step_time.min_decode_step_s
+    if config.objective == "paper":
+        return alone_s or step_time.predict_s(StepShape(0, 1))
+    return max(step_time.predict_s(StepShape(0, batch_limit)), alone_s or 0.0)
+
+
+def rebase(
+    policy: Policy,
+    config: FastServeConfig,
+    step_time: StepTimeModel,
+    batch_limit: int,
+    running: Iterable[Job],
+) -> None:
+    """Let the ladder follow the step times, unless its base is configured."""
+    if not isinstance(policy, SkipJoinMlfq) or step_time.min_decode_step_s is None:
         return
-    if abs(fastest_s / policy.ladder.base_s - 1) > _REBASE_TOLERANCE:
-        policy.set_ladder(make_ladder(config, fastest_s), running)
+    base_s = base_quantum_s(config, step_time, batch_limit)
+    if abs(base_s / policy.ladder.base_s - 1) > _REBASE_TOLERANCE:
+        policy.set_ladder(make_ladder(config, base_s), running)
+
+
+def describe(policy: Policy, config: FastServeConfig) -> str:
+    """The arrangement in a few words, for a log line."""
+    if not isinstance(policy, SkipJoinMlfq):
+        return "no levels"
+    ladder, ageing = policy.ladder, policy.ageing
+    base = f"{config.base_quantum_s:g} s" if config.base_quantum_s else "learned"
+    if ageing is None:
+        rule = "no ageing"
+    elif isinstance(ageing, AbsoluteAgeing):
+        rule = f"promotion after {ageing.limit_s:g} s"
+    else:
+        rule = f"a turn after {policy.gap_s:.3g} to {ageing.limit_s:g} s"
+    return (
+        f"objective {config.objective}, {ladder.num_levels} levels, quantum ratio "
+        f"{ladder.ratio:g}, base quantum {base}, {rule}"
+    )
 
 
 def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Policy:
@@ -99,7 +133,7 @@ def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Pol
 
     Args:
         config: the user's choices.
-        base_s: seconds of the smallest step known so far.
+        base_s: seconds of the highest level, where the configuration names none.
         batch_limit: jobs in a batch.
     """
     if config.policy == "fcfs":

@@ -99,6 +99,13 @@ class StepTimeModel:
         total = max(t0, 0.0) * x0 + max(t1, 0.0) * x1 + max(t2, 0.0) * x2 + max(t3, 0.0) * x3
         return max(total, 1e-6)
 
+    def prefill_tokens_within(self, step_s: float) -> int:
+        """Prompt tokens that a step of `step_s` seconds can compute beside nothing else."""
+        per_token_s = self.prefill_token_s
+        if not (math.isfinite(step_s) and per_token_s > 0.0):
+            return 1 << 62
+        return max(int((step_s - self.predict_s(StepShape())) / per_token_s), 0)
+
     def prefill_s(self, tokens: int, token_budget: int) -> float:
         """Seconds until the first token of a prompt that runs alone.
 

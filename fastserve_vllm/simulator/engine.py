@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.policy.base import Policy
-from fastserve_vllm.policy.budget import StepLimits
+from fastserve_vllm.policy.budget import StepLimits, token_budget
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.make import make_policy, rebase
+from fastserve_vllm.policy.make import base_quantum_s, make_policy, rebase
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
@@ -72,7 +72,7 @@ class SimulatedEngine:
         config: FastServeConfig,
         *,
         policy: Policy | None = None,
-        on_gap: Callable[[float, int], None] = lambda gap_s, times: None,
+        on_gap: Callable[[float, int], None] | None = None,
         leap: bool = True,
     ) -> None:
         self.shape = shape
@@ -82,7 +82,7 @@ class SimulatedEngine:
         self.stepping_s = 0.0
         self.copy_wait_s = 0.0
         self.prefill_tokens = 0
-        self._on_gap = on_gap
+        self._on_gap = on_gap or _ignore
         self._leap = leap
         self._learned = StepTimeModel()
         self.kv = KvCache(
@@ -92,10 +92,9 @@ class SimulatedEngine:
             channels=CopyChannels(shape.block_copy_s),
             step_time=self._learned,
         )
-        first_guess_s = self._learned.predict_s(StepShape(0, 1))
-        own = policy is None
-        self.policy = policy or make_policy(config, first_guess_s, shape.batch_limit)
-        self._rebases = own
+        base_s = base_quantum_s(config, self._learned, shape.batch_limit)
+        self.policy = policy or make_policy(config, base_s, shape.batch_limit)
+        self._rebases = policy is None
         swaps = config.swap_mode != "recompute"
         ahead = config.swap_mode == "proactive"
         self.planner = StepPlanner(
@@ -172,12 +171,13 @@ class SimulatedEngine:
 
     def _step(self, arrival_s: float) -> list[ServedRequest]:
         if self._rebases:
-            rebase(self.policy, self.config, self._learned, self.planner.running)
+            batch_limit = self.shape.batch_limit
+            rebase(self.policy, self.config, self._learned, batch_limit, self.planner.running)
         self.planner.observe(self._uncharged_s, self.now_s, self._uncharged_steps)
         self._uncharged_s, self._uncharged_steps = 0.0, 0
         limits = StepLimits(
             batch_limit=self.shape.batch_limit,
-            token_budget=self.shape.token_budget,
+            token_budget=self._token_budget(),
             free_blocks=self.kv.free_blocks,
             block_tokens=self.shape.block_tokens,
         )
@@ -187,6 +187,10 @@ class SimulatedEngine:
             return self._compute(plan, begun_s, arrival_s)
         self._idle(arrival_s)
         return []
+
+    def _token_budget(self) -> int:
+        shape = self.shape
+        return token_budget(self._learned, self.policy.gap_s, shape.token_budget, shape.batch_limit)
 
     def _idle(self, arrival_s: float) -> None:
         """Nobody can run before a copy ends or somebody arrives."""
@@ -236,7 +240,7 @@ class SimulatedEngine:
         batch = plan.batch
         if all(job.next_tokens == 1 for job in batch):
             return [1] * len(batch)
-        left = self.shape.token_budget
+        left = self._token_budget()
         counts = dict.fromkeys(batch, 0)
         for entering in (False, True):
             for job in batch:
@@ -307,7 +311,7 @@ class SimulatedEngine:
             steps = min(steps, _steps_of(calm_s, first_s, growth_s))
         # Growth is a block in `block_tokens` steps for each job; short of memory, step by step.
         spare = self.kv.free_blocks - reserved - 2 * len(plan.batch)
-        grows = spare // len(plan.batch) * self.shape.block_tokens
+        grows: int = spare // len(plan.batch) * self.shape.block_tokens
         return max(min(steps, grows), 1)
 
     # ---- KV cache that moves ------------------------------------------------------------------
@@ -389,6 +393,10 @@ class SimulatedEngine:
                 self.planner.swapped_in(job)
             elif live.host is HostState.SAVING:
                 self.kv.retain(live)
+
+
+def _ignore(gap_s: float, times: int) -> None:
+    """Nobody wants to know."""
 
 
 def _steps_of(seconds: float, first_s: float, growth_s: float) -> int:

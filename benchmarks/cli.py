@@ -21,6 +21,7 @@ from benchmarks.virtual_copies import COPY_RATIO
 from benchmarks.workload import (
     Request,
     TraceRow,
+    built_in,
     gamma_arrivals_s,
     load_trace,
     paper_filter,
@@ -29,6 +30,7 @@ from benchmarks.workload import (
     scaled_to_rate,
     with_arrivals,
 )
+from fastserve_vllm.workloads import WORKLOADS
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
     group.add_argument("--systems", nargs="+", default=[BASELINE, "fastserve"], metavar="NAME")
-    group.add_argument("--trace", type=Path, required=True, help="CSV of request lengths")
+    lengths = group.add_mutually_exclusive_group(required=True)
+    lengths.add_argument("--workload", choices=WORKLOADS, help="built-in request lengths")
+    lengths.add_argument("--trace", type=Path, help="CSV of request lengths")
     group.add_argument(
         "--regime",
         choices=REGIMES,
@@ -177,7 +181,7 @@ def experiment_of(args: argparse.Namespace) -> Experiment:
     Raises InputError for what cannot be measured.
     """
     systems = _systems(args)
-    rows = paper_filter(load_trace(args.trace))
+    rows = built_in(args.workload) if args.workload else paper_filter(load_trace(args.trace))
     sample = sample_window if args.trace_arrivals else sample_requests
     workloads = {seed: sample(rows, args.requests, seed) for seed in args.seeds}
     shape = _shape(args, rows, workloads)
@@ -221,7 +225,7 @@ def _config(args: argparse.Namespace, shape: EngineShape, demand: int) -> dict[s
         "clock": args.clock,
         "http": args.http,
         "regime": args.regime,
-        "trace": fingerprint(args.trace),
+        "trace": {"built_in": args.workload} if args.workload else fingerprint(args.trace),
         "requests": args.requests,
         "arrivals": "trace" if args.trace_arrivals else {"gamma_cv": args.cv},
         "engine": shape.arguments(),

@@ -1,4 +1,4 @@
-"""Workloads: lengths from a CSV trace, the paper's filter, seeded samples, arrivals and prompts.
+"""Workloads: lengths from a CSV trace or built in, the paper's filter, samples, arrivals, prompts.
 
 Everything random takes a seed and draws from its own stream, so a longer prompt or another
 arrival process never changes which requests are sampled.
@@ -12,14 +12,18 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.errors import InputError
+from fastserve_vllm.workloads import WORKLOADS, is_served
 
 _PROMPT_COLUMNS = ("prompt_tokens", "ContextTokens")
 _OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
+# Rows of a built-in workload, from which samples are drawn as from a trace's.
+BUILT_IN_ROWS = 50_000
 
 
 class _Stream(enum.IntEnum):
@@ -74,13 +78,13 @@ def load_trace(path: Path) -> list[TraceRow]:
 
 def paper_filter(rows: Sequence[TraceRow]) -> list[TraceRow]:
     """Apply the filter of the paper's artefact: short enough to serve, long enough to matter."""
-    return [row for row in rows if _is_kept(row)]
+    return [row for row in rows if is_served(row.prompt_tokens, row.output_tokens)]
 
 
-def _is_kept(row: TraceRow) -> bool:
-    too_long = row.prompt_tokens > 1024 or row.prompt_tokens + row.output_tokens > 2048
-    too_short = row.prompt_tokens < 4 and row.output_tokens < 4
-    return not (too_long or too_short)
+def built_in(name: str) -> list[TraceRow]:
+    """Rows of a built-in workload, the same ones each time; they carry no arrivals."""
+    lengths = islice(WORKLOADS[name].lengths(seed=0), BUILT_IN_ROWS)
+    return [TraceRow(prompt, output) for prompt, output in lengths]
 
 
 def sample_requests(rows: Sequence[TraceRow], count: int, seed: int) -> list[Request]:

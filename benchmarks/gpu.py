@@ -27,8 +27,8 @@ from benchmarks.errors import InputError
 from benchmarks.llama_8b import BLOCK_SIZE, CONFIG, write_model, write_trace
 from benchmarks.manifest import manifest, write_json
 from benchmarks.processes import in_fresh_process, platform_is_cuda_alike
-from benchmarks.report import report
 from benchmarks.store import load_points
+from benchmarks.tables import printed
 
 PARTS = ("copies", "slots", "kv")
 NO_ACCELERATOR = 3
@@ -167,7 +167,7 @@ def measure_systems(part: str, command: Sequence[str], folder: Path) -> int:
 
 def _print_measured(folder: Path) -> None:
     try:
-        print(report(load_points(folder)))
+        print(printed(load_points(folder)))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from benchmarks import compare, in_process, manifest, run, store
+from benchmarks import in_process, manifest, report, run, store
 from benchmarks.alone import VIRTUAL
 from benchmarks.cli import experiment_of, parse_arguments
 from benchmarks.regimes import REGIMES, kv_demand, short_kv_blocks
-from benchmarks.report import RunResult
+from benchmarks.result import RunResult
 from benchmarks.systems import SYSTEMS, check_runnable, system_named
 from benchmarks.workload import TraceRow
 from fastserve_vllm.config import FastServeConfig
@@ -96,7 +96,7 @@ def test_points_of_other_code_are_measured_again(
     del measured[:]
     run.main([*once, "--systems", "vllm-fcfs"])
     assert [p.system.name for p in measured] == ["vllm-fcfs"]
-    assert compare.main([str(tmp_path / "out")]) == 2
+    assert report.main([str(tmp_path / "out")]) == 2
     assert "differ in code" in capsys.readouterr().err
 
 
@@ -110,9 +110,9 @@ def test_points_are_whole(trace, tmp_path, tiny_model, measured, capsys):
     assert point["manifest"]["config"]["clock"] == "virtual"
     assert point["request_digests"] == "01234567"
     tables = capsys.readouterr().out
-    assert compare.main([str(out)]) == 0
+    assert report.main([str(out)]) == 0
     assert capsys.readouterr().out == tables
-    assert compare.main([str(out), "--baseline", "mlfq"]) == 2
+    assert report.main([str(out), "--baseline", "mlfq"]) == 2
 
 
 @pytest.mark.parametrize(

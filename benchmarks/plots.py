@@ -30,7 +30,7 @@ DISTRIBUTIONS = (("TTFT", "ttft_ms"), ("longest token gap", "longest_gap_ms"))
 Plot = Callable[[Sequence[RunResult]], Figure | None]
 
 
-def _colour(system: str) -> Any:
+def colour(system: str) -> Any:
     """The same one in every plot."""
     return mpl.colormaps["tab10"](list(SYSTEMS).index(system))
 
@@ -43,15 +43,15 @@ def latency_over_rate(runs: Sequence[RunResult]) -> Figure | None:
     figure, grid = _grid(2, 3)
     for axes, (title, path) in zip(grid.flat, LATENCIES, strict=True):
         for system in systems_of(runs):
-            found = [(load, _values(runs, system, load, path)) for load in loads]
+            found = [(load, values_of(runs, system, load, path)) for load in loads]
             drawn = [(load, values) for load, values in found if values]
             if not drawn:
                 continue
             x = [load for load, _ in drawn]
             middle = [statistics.median(values) for _, values in drawn]
-            axes.plot(x, middle, marker="o", ms=4, color=_colour(system), label=system)
+            axes.plot(x, middle, marker="o", ms=4, color=colour(system), label=system)
             low, high = ([f(values) for _, values in drawn] for f in (min, max))
-            axes.fill_between(x, low, high, color=_colour(system), alpha=0.15, lw=0)
+            axes.fill_between(x, low, high, color=colour(system), alpha=0.15, lw=0)
         axes.set(title=title, yscale="log", xlabel="arrival rate / capacity", ylabel="ms")
     return _finished(figure, grid)
 
@@ -73,7 +73,7 @@ def distributions(runs: Sequence[RunResult]) -> Figure | None:
                 ]
                 if curves:
                     x = np.mean(curves, axis=0)
-                    axes.plot(x, QUANTILES, color=_colour(system), label=system)
+                    axes.plot(x, QUANTILES, color=colour(system), label=system)
             axes.set(title=f"{title}, load {load:g}", xscale="log", xlabel="ms")
         row[0].set_ylabel("% of requests")
     return _finished(figure, grid)
@@ -84,7 +84,7 @@ def slowdowns(runs: Sequence[RunResult]) -> Figure | None:
     return _bars(
         runs,
         [name for name, _, _ in BUCKETS],
-        lambda system, load, bucket: _values(runs, system, load, f"slowdown.{bucket}.mean"),
+        lambda system, load, bucket: values_of(runs, system, load, f"slowdown.{bucket}.mean"),
         title="slowdown",
         xlabel="output tokens",
         log=True,
@@ -96,7 +96,7 @@ def throughput(runs: Sequence[RunResult]) -> Figure | None:
     return _bars(
         runs,
         [""],
-        lambda system, load, _: _values(runs, system, load, "output_tokens_per_s"),
+        lambda system, load, _: values_of(runs, system, load, "output_tokens_per_s"),
         title="output tokens/s",
         xlabel="",
         log=False,
@@ -162,14 +162,15 @@ def _bars(
         for number, system in enumerate(systems):
             heights = [statistics.median(found[system, load, g] or [0.0]) for g in groups]
             places = np.arange(len(groups)) + (number - (len(systems) - 1) / 2) * width
-            axes.bar(places, heights, width, color=_colour(system), label=system)
+            axes.bar(places, heights, width, color=colour(system), label=system)
         axes.set_xticks(range(len(groups)), groups)
         at = "all at once" if load is None else f"load {load:g}"
         axes.set(title=f"{title}, {at}", xlabel=xlabel, yscale="log" if log else "linear")
     return _finished(figure, grid)
 
 
-def _values(runs: Sequence[RunResult], system: str, load: float | None, path: str) -> list[float]:
+def values_of(runs: Sequence[RunResult], system: str, load: float | None, path: str) -> list[float]:
+    """A figure of a system at a load, from every seed that has it."""
     found = [value_of(run, path) for run in runs if (run.system, run.load) == (system, load)]
     return [value for value in found if value is not None]
 

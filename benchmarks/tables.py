@@ -117,7 +117,7 @@ def figure_table(
     rows = []
     for load, system in _points(runs):
         ratios = [compare(runs, system, load, path, baseline) for _, path in columns]
-        cells = [_cell(ratio, is_baseline=system == baseline) for ratio in ratios]
+        cells = [cell(ratio, is_baseline=system == baseline) for ratio in ratios]
         rows.append(["all at once" if load is None else f"{load:g}", system, *cells])
     return Table(["load", "system", *(title for title, _ in columns)], rows)
 
@@ -247,7 +247,8 @@ def _median_low_high(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def _cell(ratio: Ratio | None, *, is_baseline: bool) -> str:
+def cell(ratio: Ratio | None, *, is_baseline: bool) -> str:
+    """A figure as text: `median (ratio, lowest-highest ratio)`."""
     if ratio is None:
         return "-"
     text = f"{ratio.median:.4g}"

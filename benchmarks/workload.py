@@ -87,6 +87,20 @@ def built_in(name: str) -> list[TraceRow]:
     return [TraceRow(prompt, output) for prompt, output in lengths]
 
 
+def scaled(rows: Sequence[TraceRow], prompts: float, outputs: float) -> list[TraceRow]:
+    """Rows with lengths multiplied, one token at least."""
+    if prompts == outputs == 1:
+        return list(rows)
+    return [
+        replace(
+            row,
+            prompt_tokens=max(round(prompts * row.prompt_tokens), 1),
+            output_tokens=max(round(outputs * row.output_tokens), 1),
+        )
+        for row in rows
+    ]
+
+
 def sample_requests(rows: Sequence[TraceRow], count: int, seed: int) -> list[Request]:
     """Draw `count` rows without replacement; every request is present at the start."""
     _check_count(rows, count)

@@ -29,7 +29,7 @@ def measured(monkeypatch):
     """Stands in for measuring; collects the plans."""
     plans = []
 
-    def each(task, arguments, jobs):
+    def each(task, arguments, jobs, preloaded):
         assert task is in_process.run_point
         for plan in arguments:
             plans.append(plan)

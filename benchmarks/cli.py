@@ -122,6 +122,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--overwrite", action="store_true", help="measure again what is there already"
     )
+    group.add_argument("--quiet", action="store_true", help="print no tables")
     group.add_argument("--logs", type=Path, help="--http: folder for datasets and server logs")
     group.add_argument(
         "--check-tokens", action="store_true", help="exit 1 if systems generate different tokens"

@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    print(printed(runs))
+    if not args.quiet:
+        print(printed(runs))
     return 1 if args.check_tokens and not output_check(runs)["identical"] else 0
 
 

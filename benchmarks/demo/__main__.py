@@ -68,7 +68,7 @@ def serve_burst(
                 for kind, title in KINDS.items()
             }
             return asyncio.run(
-                send(server.base_url, asks, lambda ask: progress.advance(bars[ask.kind]))
+                send(server.base_url, asks, lambda ask, n: progress.advance(bars[ask.kind], n))
             )
 
 

@@ -39,22 +39,28 @@ class Answer:
 
 
 async def send(
-    base_url: str, asks: Sequence[Ask], on_piece: Callable[[Ask], object] = lambda _: None
+    base_url: str,
+    asks: Sequence[Ask],
+    on_tokens: Callable[[Ask, int], object] = lambda ask, tokens: None,
 ) -> list[Answer]:
     """Send each request at its second; answers in the same order.
 
-    `on_piece` is called whenever a piece of an answer arrives. Raises RuntimeError for an answer
+    `on_tokens` is called with a piece's tokens whenever one arrives; on a busy machine the server
+    sends several at once. Raises RuntimeError for an answer
     that is an error.
     """
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(base_url, connector=connector, timeout=timeout) as session:
         began_s = time.perf_counter()
-        return await asyncio.gather(*(_ask(session, ask, began_s, on_piece) for ask in asks))
+        return await asyncio.gather(*(_ask(session, ask, began_s, on_tokens) for ask in asks))
 
 
 async def _ask(
-    session: aiohttp.ClientSession, ask: Ask, began_s: float, on_piece: Callable[[Ask], object]
+    session: aiohttp.ClientSession,
+    ask: Ask,
+    began_s: float,
+    on_tokens: Callable[[Ask, int], object],
 ) -> Answer:
     due_s = began_s + ask.at_s
     await asyncio.sleep(max(due_s - time.perf_counter(), 0.0))
@@ -65,26 +71,33 @@ async def _ask(
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
-    times_s = []
+    times_s: list[float] = []
+    received = 0
     async with session.post("/v1/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"the server answered {response.status}: {await response.text()}")
         async for line in response.content:
-            if _is_piece(line):
+            so_far = _tokens_so_far(line)
+            if so_far > received:
                 times_s.append(time.perf_counter() - due_s)
-                on_piece(ask)
-    if not times_s:
-        raise RuntimeError(f"no answer to {ask.prompt!r}")
+                on_tokens(ask, so_far - received)
+                received = so_far
+    if received != ask.tokens:
+        raise RuntimeError(f"{received} of {ask.tokens} tokens came back for {ask.prompt!r}")
     return Answer(ask, tuple(times_s))
 
 
-def _is_piece(line: bytes) -> bool:
-    """Whether a line of the stream carries a part of the answer. Raises RuntimeError for errors."""
+def _tokens_so_far(line: bytes) -> int:
+    """Tokens of the answer up to this line of the stream; 0 for a line that says nothing of them.
+
+    Raises RuntimeError for an error in the stream.
+    """
     text = line.decode().removeprefix("data:").strip()
     if not text or text == "[DONE]":
-        return False
+        return 0
     event = json.loads(text)
     if "error" in event:
         raise RuntimeError(f"the server answered {event['error']}")
-    return bool(event.get("choices"))
+    return int((event.get("usage") or {}).get("completion_tokens", 0))

@@ -32,10 +32,12 @@ async def stream(request):
         return web.json_response({"error": "no"}, status=400)
     response = web.StreamResponse()
     await response.prepare(request)
-    for _ in range(body["max_tokens"]):
-        event = json.dumps({"choices": [{"text": "a"}]})
+    wanted = body["max_tokens"] - (body["prompt"] == "short")
+    for tokens in [*range(1, wanted, 2), wanted]:
+        event = json.dumps({"choices": [{"text": "a"}], "usage": {"completion_tokens": tokens}})
         await response.write(f"data: {event}\n\n".encode())
-    await response.write(b'data: {"choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
+    usage = json.dumps({"choices": [], "usage": {"completion_tokens": wanted}})
+    await response.write(f"data: {usage}\n\ndata: [DONE]\n\n".encode())
     return response
 
 
@@ -45,7 +47,9 @@ def sent(asks, pieces=None):
         app.router.add_post("/v1/completions", stream)
         async with TestServer(app) as server:
             return await send(
-                str(server.make_url("/")), asks, lambda ask: pieces and pieces.append(ask.kind)
+                str(server.make_url("/")),
+                asks,
+                lambda ask, tokens: pieces is not None and pieces.append((ask.kind, tokens)),
             )
 
     return asyncio.run(run())
@@ -53,18 +57,21 @@ def sent(asks, pieces=None):
 
 def test_the_client_notes_every_piece():
     """In order, from when each request was due; nothing else in the stream counts."""
-    pieces = ["first"]
+    pieces = []
     story, question = sent([Ask("story", 0.0, "a", 5), Ask("question", 0.05, "b", 2)], pieces)
-    assert (len(story.times_s), len(question.times_s)) == (5, 2)
+    assert (len(story.times_s), len(question.times_s)) == (3, 2)
     assert list(story.times_s) == sorted(story.times_s)
     assert min(question.times_s) >= 0
-    assert (pieces.count("story"), pieces.count("question")) == (5, 2)
+    assert [tokens for kind, tokens in pieces if kind == "story"] == [1, 2, 2]
 
 
-def test_a_server_that_refuses_ends_the_demo():
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("fail", "answered 400"), ("short", "4 of 5 tokens came back")]
+)
+def test_an_answer_that_is_none_ends_the_demo(prompt, message):
     """Half a comparison is none."""
-    with pytest.raises(RuntimeError, match="answered 400"):
-        sent([Ask("story", 0.0, "fail", 5)])
+    with pytest.raises(RuntimeError, match=message):
+        sent([Ask("story", 0.0, prompt, 5)])
 
 
 def test_the_batch_is_full_when_the_questions_come():

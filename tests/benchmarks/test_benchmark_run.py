@@ -156,6 +156,43 @@ def test_bad_input_is_refused_before_anything_runs(
     assert measured == []
 
 
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([], "one of the arguments --workload --trace is required"),
+        (["--workload", "alpaca", "--trace", "t.csv"], "not allowed with"),
+        (["--workload", "sharedgpt"], "choose from"),
+        (["--workload", "alpaca", "--scale-prompts", "0"], "must be a number above 0"),
+    ],
+)
+def test_lengths_come_from_one_place(tmp_path, lengths, message, capsys):
+    """A built-in workload or a trace, not both."""
+    with pytest.raises(SystemExit):
+        parse_arguments([*lengths, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_malformed_trace_is_named_by_the_command(tmp_path, tiny_model, measured, capsys):
+    """File, line and column, with status 2."""
+    trace = tmp_path / "bad.csv"
+    trace.write_text("prompt_tokens,output_tokens\n5,5\nx,5\n", encoding="utf-8")
+    assert run.main(command(trace, tmp_path, tiny_model)) == 2
+    assert "bad.csv, line 3: prompt_tokens must be" in capsys.readouterr().err
+    trace.write_text("prompt_tokens\n5\n", encoding="utf-8")
+    assert run.main(command(trace, tmp_path, tiny_model)) == 2
+    assert "bad.csv needs one of the columns output_tokens" in capsys.readouterr().err
+
+
+def test_built_in_lengths_need_no_file(tmp_path, tiny_model):
+    """The points say which ones they were, and how they were scaled."""
+    words = ["--workload", "alpaca", "--scale-outputs", "2", "--requests", "50"]
+    words += ["--model", tiny_model, "--out", str(tmp_path)]
+    experiment = experiment_of(parse_arguments(words))
+    assert experiment.config["trace"] == {"built_in": "alpaca"}
+    assert experiment.config["scale"] == {"prompts": 1.0, "outputs": 2.0}
+    assert all(r.output_tokens % 2 == 0 for r in experiment.workloads[0])
+
+
 def test_regimes_fill_in_what_is_not_given(trace, tmp_path, tiny_model):
     """Batch, loads and KV blocks; what is given stays."""
     base = command(trace, tmp_path, tiny_model)

@@ -84,8 +84,7 @@ def comparison(answers: dict[str, list[Answer]]) -> Table:
     for name in answers:
         table.add_column(name, justify="right")
     table.add_column("FastServe / stock", justify="right")
-    for title, values in figures(answers).items():
-        stock, ours = values
+    for title, (stock, ours) in figures(answers).items():
         table.add_row(title, f"{stock:.2f} s", f"{ours:.2f} s", f"{ours / stock:.2f}x")
     return table
 
@@ -102,9 +101,7 @@ def figures(answers: dict[str, list[Answer]]) -> dict[str, list[float]]:
         found[f"{title}: whole answer, median"] = [
             statistics.median(a.whole_s for a in g) for g in groups
         ]
-        found[f"{title}: longest pause inside an answer"] = [
-            max(a.longest_gap_s for a in g) for g in groups
-        ]
+        found[f"{title}: longest pause inside"] = [max(a.longest_gap_s for a in g) for g in groups]
     found["everything answered after"] = [
         max(a.ask.at_s + a.whole_s for a in of) for of in answers.values()
     ]
@@ -121,7 +118,7 @@ def terminal_plot(answers: dict[str, list[Answer]]) -> str:
         plotext.scatter(list(range(1, len(waits) + 1)), waits, marker=marker, label=name)
     plotext.title("seconds until the first word, request by request")
     plotext.xlabel("request, in order of arrival: stories first, then questions")
-    return str(plotext.build())
+    return str(plotext.uncolorize(plotext.build()))
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# By kind: what a user gets.
-KINDS = {"story": "long stories", "question": "short answers"}
+# By kind: what a user asks for. Stories are long, the answers to questions short.
+KINDS = {"story": "stories", "question": "questions"}
 _STORIES = (
     "a lighthouse keeper",
     "a lost robot",

@@ -41,7 +41,7 @@ class Answer:
 async def send(
     base_url: str,
     asks: Sequence[Ask],
-    on_tokens: Callable[[Ask, int], object] = lambda ask, tokens: None,
+    on_tokens: Callable[[Ask, int], object] | None = None,
 ) -> list[Answer]:
     """Send each request at its second; answers in the same order.
 
@@ -60,7 +60,7 @@ async def _ask(
     session: aiohttp.ClientSession,
     ask: Ask,
     began_s: float,
-    on_tokens: Callable[[Ask, int], object],
+    on_tokens: Callable[[Ask, int], object] | None,
 ) -> Answer:
     due_s = began_s + ask.at_s
     await asyncio.sleep(max(due_s - time.perf_counter(), 0.0))
@@ -82,7 +82,8 @@ async def _ask(
             so_far = _tokens_so_far(line)
             if so_far > received:
                 times_s.append(time.perf_counter() - due_s)
-                on_tokens(ask, so_far - received)
+                if on_tokens is not None:
+                    on_tokens(ask, so_far - received)
                 received = so_far
     if received != ask.tokens:
         raise RuntimeError(f"{received} of {ask.tokens} tokens came back for {ask.prompt!r}")

@@ -32,7 +32,8 @@ from benchmarks.http_server import serving
 from benchmarks.model import model_folder
 from benchmarks.systems import BASELINE, System, system_named
 
-SYSTEMS = (BASELINE, "fastserve")
+# By name, and what a newcomer calls them.
+SYSTEMS = {BASELINE: "stock vLLM", "fastserve": "FastServe"}
 BATCH = 8
 
 
@@ -49,27 +50,27 @@ def shape_of(model: Path) -> EngineShape:
 
 
 def serve_burst(
-    system: System, shape: EngineShape, asks: Sequence[Ask], log: Path, console: Console
+    system: System, shape: EngineShape, asks: Sequence[Ask], log: Path, progress: Progress
 ) -> list[Answer]:
     """Start a server, warm it up, send the burst, and show its progress."""
-    columns = (
-        TextColumn("{task.description:34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        starting = progress.add_task(f"{system.name}: starting", total=None)
-        with serving(shape, system, log) as server:
-            asyncio.run(send(server.base_url, warm_up(BATCH)))
-            progress.remove_task(starting)
-            bars = {
-                kind: progress.add_task(f"{system.name}: {title}, words", total=words(asks, kind))
-                for kind, title in KINDS.items()
-            }
-            return asyncio.run(
-                send(server.base_url, asks, lambda ask, n: progress.advance(bars[ask.kind], n))
-            )
+    title = SYSTEMS[system.name]
+    starting = progress.add_task(f"{title}: starting", total=None)
+    with serving(shape, system, log) as server:
+        asyncio.run(send(server.base_url, warm_up(BATCH)))
+        progress.remove_task(starting)
+        bars = {
+            kind: progress.add_task(f"{title}: {kinds}, words", total=words(asks, kind))
+            for kind, kinds in KINDS.items()
+        }
+        return asyncio.run(
+            send(server.base_url, asks, lambda ask, n: progress.advance(bars[ask.kind], n))
+        )
+
+
+def progress_on(console: Console) -> Progress:
+    """Bars that show how many words have come."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(TextColumn("{task.description:28}"), *columns, console=console)
 
 
 def words(asks: Sequence[Ask], kind: str) -> int:
@@ -144,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"short question. The batch has {BATCH} places."
     )
     answers = {}
-    with tempfile.TemporaryDirectory() as logs:
-        for name in SYSTEMS:
+    with tempfile.TemporaryDirectory() as logs, progress_on(console) as progress:
+        for name, title in SYSTEMS.items():
             log = Path(logs) / f"{name}.log"
-            answers[name] = serve_burst(system_named(name), shape, asks, log, console)
+            answers[title] = serve_burst(system_named(name), shape, asks, log, progress)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "demo.png"
     picture(answers).savefig(path, dpi=120)

@@ -23,7 +23,7 @@ def answers(story_first_s, question_first_s):
     return [of(ask) for ask in burst()]
 
 
-BOTH = {"vllm-fcfs": answers(1.0, 8.0), "fastserve": answers(1.5, 0.2)}
+BOTH = {"stock vLLM": answers(1.0, 8.0), "FastServe": answers(1.5, 0.2)}
 
 
 async def stream(request):
@@ -100,8 +100,8 @@ def test_the_table_shows_better_and_worse():
 def test_plots_have_every_request(tmp_path):
     """One on the terminal, one as a picture."""
     text = demo.terminal_plot(BOTH)
-    assert "vllm-fcfs" in text
-    assert "fastserve" in text
+    assert "stock vLLM" in text
+    assert "FastServe" in text
     picture(BOTH).savefig(tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import statistics
 import sys
 import tempfile
@@ -144,21 +143,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{stories} users ask for a long story; within seconds {len(asks) - stories} others ask a "
         f"short question. The batch has {BATCH} places."
     )
-    answers = {}
     with tempfile.TemporaryDirectory() as logs, progress_on(console) as progress:
-        for name, title in SYSTEMS.items():
-            log = Path(logs) / f"{name}.log"
-            answers[title] = serve_burst(system_named(name), shape, asks, log, progress)
+        answers = {
+            title: serve_burst(
+                system_named(name), shape, asks, Path(logs) / f"{name}.log", progress
+            )
+            for name, title in SYSTEMS.items()
+        }
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "demo.png"
     picture(answers).savefig(path, dpi=120)
-    with contextlib.suppress(BrokenPipeError):
-        print(terminal_plot(answers))
-        console.print(comparison(answers))
-        console.print(
-            "Somebody has to wait: stories now pause for questions. The plot shows when each "
-            f"request's words came: {path}"
-        )
+    print(terminal_plot(answers))
+    console.print(comparison(answers))
+    console.print(
+        "Somebody has to wait: stories now pause for questions. The plot shows when each "
+        f"request's words came: {path}"
+    )
     return 0
 
 

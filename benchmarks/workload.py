@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,13 +64,15 @@ def load_trace(path: Path) -> list[TraceRow]:
         raise InputError(f"no trace at {path}")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        prompt = _column(path, columns, _PROMPT_COLUMNS)
-        output = _column(path, columns, _OUTPUT_COLUMNS)
         try:
-            rows = [TraceRow(_tokens(r, prompt), _tokens(r, output), _arrival_s(r)) for r in reader]
-        except ValueError as error:
-            raise InputError(f"{path.name}, line {reader.line_num}: {error}") from None
+            columns = reader.fieldnames or []
+            prompt = _column(path, columns, _PROMPT_COLUMNS)
+            output = _column(path, columns, _OUTPUT_COLUMNS)
+            rows = [_trace_row(row, prompt, output) for row in reader]
+        except InputError:
+            raise
+        except (ValueError, csv.Error) as error:
+            raise InputError(f"{path.name}, line {max(reader.line_num, 1)}: {error}") from None
     rows = [row for row in rows if row.prompt_tokens >= 1 and row.output_tokens >= 1]
     if not rows:
         raise InputError(f"{path.name} holds no request")
@@ -193,7 +196,13 @@ def _column(path: Path, columns: Collection[str], names: Sequence[str]) -> str:
     )
 
 
-def _tokens(row: Mapping[str, str | None], column: str) -> int:
+def _trace_row(row: Mapping[str | None, Any], prompt: str, output: str) -> TraceRow:
+    if None in row:
+        raise ValueError(f"{len(row[None])} more fields than the first line has columns")
+    return TraceRow(_tokens(row, prompt), _tokens(row, output), _arrival_s(row))
+
+
+def _tokens(row: Mapping[str | None, Any], column: str) -> int:
     text = row[column]
     try:
         count = int(text or "")
@@ -204,7 +213,7 @@ def _tokens(row: Mapping[str, str | None], column: str) -> int:
     return count
 
 
-def _arrival_s(row: Mapping[str, str | None]) -> float | None:
+def _arrival_s(row: Mapping[str | None, Any]) -> float | None:
     """Seconds from `arrival_s`, or from `TIMESTAMP`, where anything but a date means none."""
     if "arrival_s" in row:
         return _seconds(row["arrival_s"])

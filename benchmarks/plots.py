@@ -9,7 +9,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.metrics import BUCKETS, QUANTILES
 from benchmarks.result import RunResult, value_of
@@ -53,6 +55,7 @@ def latency_over_rate(runs: Sequence[RunResult]) -> Figure | None:
             low, high = ([f(values) for _, values in drawn] for f in (min, max))
             axes.fill_between(x, low, high, color=colour(system), alpha=0.15, lw=0)
         axes.set(title=title, yscale="log", xlabel="arrival rate / capacity", ylabel="ms")
+        plain_numbers(axes.yaxis)
     return _finished(figure, grid)
 
 
@@ -75,6 +78,7 @@ def distributions(runs: Sequence[RunResult]) -> Figure | None:
                     x = np.mean(curves, axis=0)
                     axes.plot(x, QUANTILES, color=colour(system), label=system)
             axes.set(title=f"{title}, load {load:g}", xscale="log", xlabel="ms")
+            plain_numbers(axes.xaxis, (1,))
         row[0].set_ylabel("% of requests")
     return _finished(figure, grid)
 
@@ -112,7 +116,7 @@ def swap_timeline(runs: Sequence[RunResult]) -> Figure | None:
     load, seed = loads_of(runs)[-1], min(run.seed for run in runs)
     shown = [run for run in runs if (run.load, run.seed) == (load, seed)]
     shown.sort(key=lambda run: list(SYSTEMS).index(run.system))
-    figure, grid = _grid(2, len(shown), width=3.6, share=True)
+    figure, grid = _grid(2, len(shown), width=3.6, sharex=True, sharey=True)
     for (held, copies), run in zip(grid.T, shown, strict=True):
         _draw_timeline(held, copies, run)
     grid[0][0].set_ylabel("blocks held")
@@ -152,11 +156,13 @@ def _bars(
     log: bool,
 ) -> Figure | None:
     """Bars of every system for each group, one panel a load."""
-    loads, systems = loads_of(runs), systems_of(runs)
+    # All at once, there is only the baseline, unless nothing else was measured.
+    loads = [load for load in loads_of(runs) if load is not None] or loads_of(runs)
+    systems = systems_of(runs)
     found = {(s, n, g): values(s, n, g) for s in systems for n in loads for g in groups}
     if not any(found.values()):
         return None
-    figure, grid = _grid(1, len(loads), width=3.2)
+    figure, grid = _grid(1, len(loads), width=3.2, sharey=True)
     width = 0.8 / len(systems)
     for axes, load in zip(grid[0], loads, strict=True):
         for number, system in enumerate(systems):
@@ -165,7 +171,12 @@ def _bars(
             axes.bar(places, heights, width, color=colour(system), label=system)
         axes.set_xticks(range(len(groups)), groups)
         at = "all at once" if load is None else f"load {load:g}"
-        axes.set(title=f"{title}, {at}", xlabel=xlabel, yscale="log" if log else "linear")
+        axes.set(title=f"{title}, {at}", xlabel=xlabel)
+        if log:
+            axes.set_yscale("log")
+            plain_numbers(axes.yaxis)
+    if log:
+        grid[0][0].set_ylim(bottom=1)
     return _finished(figure, grid)
 
 
@@ -175,12 +186,20 @@ def values_of(runs: Sequence[RunResult], system: str, load: float | None, path: 
     return [value for value in found if value is not None]
 
 
+def plain_numbers(axis: Axis, digits: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Label a logarithmic axis with numbers instead of powers."""
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _grid(
-    rows: int, columns: int, *, width: float = 4.0, share: bool = False
+    rows: int, columns: int, *, width: float = 4.0, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width * columns, 3.0 * rows), layout="constrained")
+    """Panels; `sharey` is within a row."""
+    figure = Figure(figsize=(max(width * columns, 8.0), 3.0 * rows), layout="constrained")
     grid = figure.subplots(
-        rows, columns, squeeze=False, sharey="row" if share else "none", sharex=share
+        rows, columns, squeeze=False, sharex=sharex, sharey="row" if sharey else False
     )
     for axes in grid.flat:
         axes.grid(alpha=0.25)

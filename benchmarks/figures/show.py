@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.figures.catalogue import OURS
 from benchmarks.figures.measure import Measured
 from benchmarks.figures.search import COMMON_LOADS
-from benchmarks.plots import colour, values_of
+from benchmarks.plots import colour, plain_numbers, values_of
 from benchmarks.systems import BASELINE
 from benchmarks.tables import Table, cell, compare, loads_of
 
@@ -79,6 +79,8 @@ def plot(settings: Sequence[Measured]) -> Figure:
             ylabel="share" if is_share else "ms",
             yscale="linear" if is_share else "log",
         )
+        if not is_share:
+            plain_numbers(axes.yaxis)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     return figure

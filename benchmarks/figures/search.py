@@ -11,7 +11,7 @@ COMMON_LOADS = (1.0, 1.2)
 # From one load to the next while the crossing is outside; neighbours closer than `CLOSE` need
 # nothing between them.
 STEP, CLOSE = 1.25, 1.13
-LIMITS = (0.2, 8.0)
+LIMITS = (0.2, 4.0)
 
 
 def search(excess: Callable[[float], float]) -> float | None:

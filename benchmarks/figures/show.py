@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.figures.catalogue import OURS
 from benchmarks.figures.measure import Measured
-from benchmarks.figures.search import COMMON_LOADS
+from benchmarks.figures.search import COMMON_LOADS, LIMITS
 from benchmarks.plots import colour, plain_numbers, values_of
 from benchmarks.systems import BASELINE
 from benchmarks.tables import Table, cell, compare, loads_of
@@ -88,7 +88,9 @@ def plot(settings: Sequence[Measured]) -> Figure:
 
 def _rate(measured: Measured, system: str) -> str:
     rates = [rate for (name, _), rate in measured.rates.items() if name == system and rate]
-    return f"{statistics.median(rates):.4g}" if rates else "outside the loads tried"
+    if not rates:
+        return f"not within {LIMITS[0]:g} to {LIMITS[1]:g} times capacity"
+    return f"{statistics.median(rates):.4g}"
 
 
 def _advantage(measured: Measured, system: str) -> str:

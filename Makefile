@@ -1,5 +1,7 @@
 # make serve    an OpenAI-compatible server scheduled by FastServe, on this machine's CPU
 # make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33
+# make demo     the same burst of requests on stock vLLM and on FastServe: a table and a plot
+# make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
 # make exact    greedy tokens under KV swap in every way to run the engine (an hour or more)
 # make lint     formatting, lints, types, import contracts
 # make clean    remove caches and build output; make distclean also environments and models
@@ -19,8 +21,11 @@ ARGS ?=
 SCHEDULER_ARGS ?= --scheduler fastserve
 PYTEST_ARGS ?=
 EXACT_ARGS ?=
+BENCH := results/bench
+BENCH_SEEDS ?= 0
+DEMO_ARGS ?=
 
-.PHONY: serve test test-033 exact lint format clean distclean env dev-env vllm-033
+.PHONY: serve demo bench test test-033 exact lint format clean distclean env dev-env vllm-033
 .DEFAULT_GOAL := test
 
 serve: env
@@ -29,6 +34,20 @@ ifeq ($(MODEL),$(DEFAULT_MODEL))
 endif
 	@PORT='$(PORT)' VENV='$(VENV)' SCHEDULER_ARGS='$(SCHEDULER_ARGS)' \
 	  exec scripts/serve.sh '$(MODEL)' $(ARGS)
+
+demo: dev-env
+	@$(RUN) scripts/smollm2_model.py $(DEFAULT_MODEL) >/dev/null
+	@. scripts/cpu_env.sh; $(RUN) -m benchmarks.demo --model $(DEFAULT_MODEL) $(DEMO_ARGS)
+
+# Points that are there already are not measured again.
+bench: dev-env
+	@. scripts/cpu_env.sh; $(RUN) -m benchmarks.run --workload sharegpt --out $(BENCH)/sharegpt \
+	  --systems vllm-fcfs vllm-priority-oracle mlfq fastserve srpt-oracle \
+	  --loads 0.3 0.7 0.9 1.0 1.2 --requests 300 --seeds $(BENCH_SEEDS) --jobs 2 --quiet
+	@. scripts/cpu_env.sh; $(RUN) -m benchmarks.run --workload sharegpt --out $(BENCH)/sharegpt-kv \
+	  --regime kv --systems vllm-fcfs fastserve fastserve-reactive fastserve-recompute \
+	  --loads 1.0 1.2 --requests 300 --seeds $(BENCH_SEEDS) --jobs 2 --quiet
+	@$(RUN) -m benchmarks.report $(BENCH)/sharegpt $(BENCH)/sharegpt-kv --out $(BENCH)/report
 
 test: dev-env
 	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null

@@ -21,14 +21,17 @@ from benchmarks.virtual_copies import COPY_RATIO
 from benchmarks.workload import (
     Request,
     TraceRow,
+    built_in,
     gamma_arrivals_s,
     load_trace,
     paper_filter,
     sample_requests,
     sample_window,
+    scaled,
     scaled_to_rate,
     with_arrivals,
 )
+from fastserve_vllm.workloads import WORKLOADS
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
     group.add_argument("--systems", nargs="+", default=[BASELINE, "fastserve"], metavar="NAME")
-    group.add_argument("--trace", type=Path, required=True, help="CSV of request lengths")
+    lengths = group.add_mutually_exclusive_group(required=True)
+    lengths.add_argument("--workload", choices=WORKLOADS, help="built-in request lengths")
+    lengths.add_argument("--trace", type=Path, help="CSV of request lengths")
     group.add_argument(
         "--regime",
         choices=REGIMES,
@@ -75,10 +80,18 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--all-at-once", action="store_true", help="all requests present at the start"
     )
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    group.add_argument("--requests", type=_count, default=400)
-    group.add_argument("--batch", type=_count, help="batch limit of the engine")
-    group.add_argument("--kv-blocks", type=_count, help="KV blocks of the engine")
-    group.add_argument("--block-size", type=_count, default=32, help="tokens per KV block")
+    group.add_argument("--requests", type=count, default=400)
+    group.add_argument("--batch", type=count, help="batch limit of the engine")
+    group.add_argument("--kv-blocks", type=count, help="KV blocks of the engine")
+    group.add_argument("--block-size", type=count, default=32, help="tokens per KV block")
+    for side in ("prompts", "outputs"):
+        group.add_argument(
+            f"--scale-{side}",
+            type=_positive,
+            default=1.0,
+            metavar="FACTOR",
+            help="make them longer",
+        )
     group.add_argument(
         "--cv", type=_positive, default=1.0, help="variation of the arrival gaps; 1 is Poisson"
     )
@@ -104,11 +117,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         default=COPY_RATIO,
         help="virtual clock: seconds of copying a token's KV over those of prefilling it",
     )
-    group.add_argument("--jobs", type=_count, default=1, help="virtual points at the same time")
+    group.add_argument("--jobs", type=count, default=1, help="virtual points at the same time")
     group.add_argument("--out", type=Path, required=True, help="folder of the points")
     group.add_argument(
         "--overwrite", action="store_true", help="measure again what is there already"
     )
+    group.add_argument("--quiet", action="store_true", help="print no tables")
     group.add_argument("--logs", type=Path, help="--http: folder for datasets and server logs")
     group.add_argument(
         "--check-tokens", action="store_true", help="exit 1 if systems generate different tokens"
@@ -129,7 +143,8 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A whole number above 0, of a command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
     return int(text)
@@ -177,7 +192,8 @@ def experiment_of(args: argparse.Namespace) -> Experiment:
     Raises InputError for what cannot be measured.
     """
     systems = _systems(args)
-    rows = paper_filter(load_trace(args.trace))
+    rows = built_in(args.workload) if args.workload else load_trace(args.trace)
+    rows = paper_filter(scaled(rows, args.scale_prompts, args.scale_outputs))
     sample = sample_window if args.trace_arrivals else sample_requests
     workloads = {seed: sample(rows, args.requests, seed) for seed in args.seeds}
     shape = _shape(args, rows, workloads)
@@ -221,7 +237,8 @@ def _config(args: argparse.Namespace, shape: EngineShape, demand: int) -> dict[s
         "clock": args.clock,
         "http": args.http,
         "regime": args.regime,
-        "trace": fingerprint(args.trace),
+        "trace": {"built_in": args.workload} if args.workload else fingerprint(args.trace),
+        "scale": {"prompts": args.scale_prompts, "outputs": args.scale_outputs},
         "requests": args.requests,
         "arrivals": "trace" if args.trace_arrivals else {"gamma_cv": args.cv},
         "engine": shape.arguments(),

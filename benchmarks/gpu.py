@@ -24,11 +24,11 @@ from typing import Any
 from benchmarks import cli, copy_bandwidth, run
 from benchmarks.copy_bandwidth import CopyPlan
 from benchmarks.errors import InputError
-from benchmarks.llama_8b import BLOCK_SIZE, CONFIG, write_model, write_trace
+from benchmarks.llama_8b import BLOCK_SIZE, CONFIG, write_model
 from benchmarks.manifest import manifest, write_json
 from benchmarks.processes import in_fresh_process, platform_is_cuda_alike
-from benchmarks.report import report
 from benchmarks.store import load_points
+from benchmarks.tables import printed
 
 PARTS = ("copies", "slots", "kv")
 NO_ACCELERATOR = 3
@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     copies.add_argument("--repetitions", type=int, default=9)
     copies.add_argument("--pool-blocks", type=int, default=2048, help="on either side, 2 MiB each")
     systems = parser.add_argument_group("slots and kv")
-    systems.add_argument("--trace", type=Path, help="CSV of lengths (default: log-normal ones)")
+    systems.add_argument("--trace", type=Path, help="CSV of lengths (default: ShareGPT's)")
     systems.add_argument("--requests", type=int, help=f"of a point (default: {REQUESTS})")
     systems.add_argument(
         "--loads", type=float, nargs="+", help=f"arrival rates over capacity (default: {LOADS})"
@@ -116,7 +116,7 @@ def engine_arguments(batch: int, requests: int) -> dict[str, Any]:
     }
 
 
-def run_arguments(part: str, args: argparse.Namespace, model: Path, trace: Path) -> list[str]:
+def run_arguments(part: str, args: argparse.Namespace, model: Path) -> list[str]:
     """The command line of `benchmarks.run` for a part."""
     requests = REQUESTS[part] if args.requests is None else args.requests
     engine = engine_arguments(args.batch, requests) | args.engine_args
@@ -124,7 +124,7 @@ def run_arguments(part: str, args: argparse.Namespace, model: Path, trace: Path)
         "--regime": [part],
         "--clock": ["wall"],
         "--systems": args.systems or SYSTEMS[part],
-        "--trace": [trace],
+        **({"--trace": [args.trace]} if args.trace else {"--workload": ["sharegpt"]}),
         "--model": [model],
         "--requests": [requests],
         "--loads": args.loads or LOADS[part],
@@ -167,17 +167,16 @@ def measure_systems(part: str, command: Sequence[str], folder: Path) -> int:
 
 def _print_measured(folder: Path) -> None:
     try:
-        print(report(load_points(folder)))
+        print(printed(load_points(folder)))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> int:
     """Every part that is asked for; one that fails does not keep the next from running."""
-    trace = args.trace or write_trace(scratch / "lognormal.csv")
     model = write_model(scratch / "llama-8b")
     parts = [part for part in PARTS if part in args.only]
-    commands = {part: run_arguments(part, args, model, trace) for part in parts if part in SYSTEMS}
+    commands = {part: run_arguments(part, args, model) for part in parts if part in SYSTEMS}
     for command in commands.values():
         cli.parse_arguments(command)  # exits before minutes are spent on another part
     statuses = []

@@ -16,11 +16,11 @@ from benchmarks.alone import Alone
 from benchmarks.engine import VIRTUAL_ARGUMENTS, in_process_engine, scheduler_of
 from benchmarks.machine import Interference
 from benchmarks.meter import StepMeter, StepTime, WallTime, increase
-from benchmarks.metrics import Figures, figures_of, preemption_figures, swap_figures
+from benchmarks.metrics import Figures, preemption_figures, swap_figures
 from benchmarks.plan import Plan
-from benchmarks.records import digest_of_run, request_digests
-from benchmarks.report import RunResult
+from benchmarks.result import RunResult, result_of
 from benchmarks.serving import Clock, Feeder, Served
+from benchmarks.timeline import Timeline
 from benchmarks.virtual_clock import VirtualClock
 from benchmarks.virtual_copies import VirtualCopies, block_seconds
 from benchmarks.virtual_time import VirtualTime
@@ -47,6 +47,7 @@ class _Measured:
     cpu_s: float
     interference: dict[str, float]
     alone: Alone
+    timeline: dict[str, list[float]]
 
     def result(self, plan: Plan) -> RunResult:
         records = self.served.records
@@ -56,20 +57,16 @@ class _Measured:
         prompt_tokens = sum(record.prompt_tokens for record in records)
         counters["tokens_recomputed"] = counters["prefill_tokens"] - prompt_tokens
         steps = counters["steps"] - counters["empty_steps"]
-        return RunResult(
-            system=plan.system.name,
-            load=plan.load,
-            seed=plan.seed,
-            rate_rps=plan.rate_rps,
+        return result_of(
+            plan,
+            records,
+            self.alone,
             figures={
-                **figures_of(records, plan.alone or self.alone),
                 "step_ms": _steps_ms(self.served.step_s),
                 "preemptions": preemption_figures(counters),
                 "swaps": swap_figures(counters, sum(self.served.step_s)),
                 "tokens_recomputed": counters["tokens_recomputed"],
             },
-            output_digest=digest_of_run(records),
-            request_digests=request_digests(records),
             counters=counters,
             wall={
                 "duration_s": self.wall_s,
@@ -78,7 +75,7 @@ class _Measured:
                 "scheduler_step_ms": 1000 * scheduler_s / steps,
                 **self.interference,
             },
-            alone=self.alone,
+            timeline=self.timeline,
         )
 
 
@@ -102,7 +99,7 @@ def _measure(plan: Plan) -> _Measured:
         _copy_synchronously()
     with in_process_engine(plan.shape, arguments) as llm:
         scheduler = scheduler_of(llm)
-        clock, step_time = _virtual_time(plan, scheduler) if virtual else (None, WallTime())
+        virtual_clock, step_time = _virtual_time(plan, scheduler) if virtual else (None, WallTime())
         if plan.system.oracle == "policy":
             from benchmarks import oracle
 
@@ -111,9 +108,11 @@ def _measure(plan: Plan) -> _Measured:
         feeder = Feeder(llm, plan.system, plan.seed)
         idle = alone.VIRTUAL if virtual else _warm_up(feeder, plan)
         before = meter.counters()
+        timeline = Timeline(scheduler)
+        clock = virtual_clock or WallClock()
         wall, cpu_s = WallClock(), time.process_time()
         interference = Interference([os.getpid()])
-        served = feeder.serve(plan.requests, clock or WallClock())
+        served = feeder.serve(plan.requests, clock, timeline.sample)
         return _Measured(
             served=served,
             counters=increase(meter.counters(), before),
@@ -121,6 +120,7 @@ def _measure(plan: Plan) -> _Measured:
             cpu_s=time.process_time() - cpu_s,
             interference=interference.figures(),
             alone=idle,
+            timeline=timeline.columns(),
         )
 
 

@@ -1,4 +1,4 @@
-"""A model of the size of Llama 3 8B without its weights, and lengths of requests to send it.
+"""A model of the size of Llama 3 8B without its weights.
 
 What a step and a copy cost depends on shapes, hardly on values, so vLLM's `dummy` weights measure
 both. They say nothing about tokens: logits are near ties, which any change of the batch tips over.
@@ -6,12 +6,9 @@ both. They say nothing about tokens: logits are near ties, which any change of t
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,31 +39,9 @@ LAYER_BLOCK_BYTES: int = (
 )
 BLOCK_BYTES = LAYERS * LAYER_BLOCK_BYTES
 
-_TRACE_ROWS = 4000
-# Log-normal, about as ShareGPT's: (mean, deviation) of the logarithm, and the longest.
-_PROMPT, _MAX_PROMPT = (3.8, 1.3), 1024
-_OUTPUT, _MAX_OUTPUT = (5.4, 0.9), 1000
-
 
 def write_model(folder: Path) -> Path:
     """Make `folder` a model folder that holds a configuration alone, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
     return folder
-
-
-def write_trace(path: Path) -> Path:
-    """Write a trace of random lengths, the same ones each time, and return its path."""
-    rng = np.random.default_rng(0)
-    prompts = _lengths(rng, _PROMPT, _MAX_PROMPT)
-    outputs = _lengths(rng, _OUTPUT, _MAX_OUTPUT)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["prompt_tokens", "output_tokens"])
-        rows.writerows(zip(prompts, outputs, strict=True))
-    return path
-
-
-def _lengths(rng: np.random.Generator, of_logarithm: tuple[float, float], most: int) -> list[int]:
-    lengths = 1 + rng.lognormal(*of_logarithm, size=_TRACE_ROWS).astype(int)
-    return [int(length) for length in lengths.clip(max=most)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,31 +13,50 @@ from numpy.typing import NDArray
 from benchmarks.records import RequestRecord
 
 Figures: TypeAlias = dict[str, Any]
-AloneSeconds: TypeAlias = Callable[[int, int], float]
 
 PERCENTILES = (50, 95, 99)
+# Enough of a distribution to draw it.
+QUANTILES = tuple(range(101))
+# Targets of time per output token and of time to first token, in decode steps of an idle engine.
+# The paper's figure 13 asks for 0.15, 0.3 and 0.6 s a token and 1.55, 3.1 and 6.2 s to the first
+# one, where ten decode steps take 0.3 s.
+TARGETS_STEPS = {"tight": (5, 51.7), "middle": (10, 103.3), "loose": (20, 206.7)}
 # Output tokens, both ends included.
 BUCKETS = (("1-10", 1, 10), ("11-100", 11, 100), ("101-500", 101, 500), ("500+", 501, math.inf))
 
 
-def figures_of(records: Sequence[RequestRecord], alone_s: AloneSeconds) -> Figures:
-    """Compute all figures of a run.
+class Idle(Protocol):
+    """What requests take on an idle engine."""
 
-    `alone_s(prompt_tokens, output_tokens)` is the latency of such a request on an idle engine,
-    the reference of the slowdown.
-    """
+    @property
+    def token_s(self) -> float:
+        """Seconds of a decode step."""
+        ...
+
+    def __call__(self, prompt_tokens: int, output_tokens: int) -> float:
+        """Latency of such a request, in seconds."""
+        ...
+
+
+def figures_of(records: Sequence[RequestRecord], idle: Idle) -> Figures:
+    """Compute all figures of a run; `idle` is the reference of slowdowns and targets."""
     if not records:
         raise ValueError("a run without requests has no figures")
     gaps = [gaps_s(record) for record in records]
+    samples = {
+        "ttft_ms": [r.ttft_s for r in records],
+        "longest_gap_ms": [g.max() for g in gaps if g.size],
+        "e2e_ms": [r.e2e_s for r in records],
+        "normalized_ms": [r.normalized_s for r in records],
+    }
     return {
         **_volume(records),
-        "ttft_ms": _spread_ms([r.ttft_s for r in records]),
         "tpot_ms": _spread_ms([tpot_s(r) for r in records if r.output_tokens > 1]),
         "itl_ms": _spread_ms(np.concatenate(gaps)),
-        "longest_gap_ms": _spread_ms([g.max() for g in gaps if g.size]),
-        "e2e_ms": _spread_ms([r.e2e_s for r in records]),
-        "normalized_ms": _spread_ms([r.normalized_s for r in records]),
-        "slowdown": _slowdown_by_bucket(records, alone_s),
+        **{name: _spread_ms(values) for name, values in samples.items()},
+        "slowdown": _slowdown_by_bucket(records, idle),
+        "within_target": _within_target(records, idle.token_s),
+        "quantiles": {name: _quantiles_ms(values) for name, values in samples.items() if values},
     }
 
 
@@ -103,12 +122,29 @@ def _spread(values: NDArray[np.float64]) -> Figures | None:
     return {"mean": float(values.mean()), **named, "max": float(values.max())}
 
 
-def _slowdown_by_bucket(records: Sequence[RequestRecord], alone_s: AloneSeconds) -> Figures:
+def _quantiles_ms(seconds: Sequence[float]) -> list[float]:
+    return [1000 * float(value) for value in np.percentile(seconds, QUANTILES)]
+
+
+def _within_target(records: Sequence[RequestRecord], step_s: float) -> Figures:
+    """The share of the requests that meet both targets."""
+    return {
+        name: sum(r.ttft_s < first * step_s and _token_s(r) < token * step_s for r in records)
+        / len(records)
+        for name, (token, first) in TARGETS_STEPS.items()
+    }
+
+
+def _token_s(record: RequestRecord) -> float:
+    return tpot_s(record) if record.output_tokens > 1 else 0.0
+
+
+def _slowdown_by_bucket(records: Sequence[RequestRecord], idle: Idle) -> Figures:
     """Latency over the latency alone, for each bucket of output length."""
     buckets: Figures = {}
     for name, low, high in BUCKETS:
         members = [r for r in records if low <= r.output_tokens <= high]
-        slowdowns = [r.e2e_s / alone_s(r.prompt_tokens, r.output_tokens) for r in members]
+        slowdowns = [r.e2e_s / idle(r.prompt_tokens, r.output_tokens) for r in members]
         spread = _spread(np.asarray(slowdowns, dtype=np.float64))
         buckets[name] = {"requests": len(members), **(spread or {})}
     return buckets

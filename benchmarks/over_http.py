@@ -14,10 +14,9 @@ from benchmarks.http_metrics import read_counters
 from benchmarks.http_server import Server, serving
 from benchmarks.machine import Interference, processes_of_session
 from benchmarks.meter import increase
-from benchmarks.metrics import figures_of, preemption_figures
+from benchmarks.metrics import preemption_figures
 from benchmarks.plan import Plan
-from benchmarks.records import digest_of_run, request_digests
-from benchmarks.report import RunResult
+from benchmarks.result import RunResult, result_of
 from benchmarks.store import point_name
 from benchmarks.warm_up import warm_up_requests
 from benchmarks.workload import Request
@@ -63,17 +62,11 @@ def run_point(plan: Plan, folder: Path) -> RunResult:
         sent = bench.send(plan.requests, f"load-{plan.seed}")
         shares = interference.figures()
         counters = increase(read_counters(server.base_url), before)
-    return RunResult(
-        system=plan.system.name,
-        load=plan.load,
-        seed=plan.seed,
-        rate_rps=plan.rate_rps,
-        figures={
-            **figures_of(sent.records, idle),
-            "preemptions": preemption_figures(counters),
-        },
-        output_digest=digest_of_run(sent.records),
-        request_digests=request_digests(sent.records),
+    return result_of(
+        plan,
+        sent.records,
+        idle,
+        figures={"preemptions": preemption_figures(counters)},
         counters=counters,
         wall={
             # With these, the time to first token from sending, as the client prints it, follows.
@@ -81,5 +74,4 @@ def run_point(plan: Plan, folder: Path) -> RunResult:
             "client_late_max_ms": 1000 * max(sent.late_s),
             **shares,
         },
-        alone=idle,
     )

@@ -1,266 +1,195 @@
-"""From measured points to tables: medians over seeds, ratios to a baseline, and their spread."""
+"""Tables, plots and one page of points that were measured before.
+
+    python -m benchmarks.report DIR [DIR...] [--out report/] [--baseline SYSTEM] [--target-ms MS]
+
+Prints the tables of each folder. With `--out`, it also writes `report.md` with plots as PNG files
+beside it, `index.html`, which is whole in itself, and `report.json`. Ratios are taken seed by seed,
+then their median and range. The target of the sustained rate is ten decode steps of an idle engine
+unless given.
+"""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+import argparse
+import base64
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from benchmarks.alone import Alone
-from benchmarks.metrics import BUCKETS, Figures, sustained_rate
-from benchmarks.systems import BASELINE, SYSTEMS
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
 
-Columns: TypeAlias = tuple[tuple[str, str], ...]
+from benchmarks.errors import InputError
+from benchmarks.manifest import write_json
+from benchmarks.plots import PLOTS
+from benchmarks.result import RunResult
+from benchmarks.store import load_points, manifest_of
+from benchmarks.systems import BASELINE
+from benchmarks.tables import (
+    Table,
+    output_check,
+    output_verdict,
+    summary,
+    sustained_rates,
+    tables_of,
+    target_ms,
+)
 
-# Title and path of a figure.
-LATENCY_COLUMNS: Columns = (
-    ("TTFT mean ms", "ttft_ms.mean"),
-    ("TTFT P95 ms", "ttft_ms.p95"),
-    ("normalized mean ms", "normalized_ms.mean"),
-    ("normalized P95 ms", "normalized_ms.p95"),
-    ("e2e mean ms", "e2e_ms.mean"),
-    ("e2e P95 ms", "e2e_ms.p95"),
-    ("e2e P99 ms", "e2e_ms.p99"),
-    ("longest gap P95 ms", "longest_gap_ms.p95"),
-    ("output tokens/s", "output_tokens_per_s"),
-)
-SLOWDOWN_COLUMNS: Columns = tuple(
-    (f"slowdown at {name} tokens", f"slowdown.{name}.mean") for name, _, _ in BUCKETS
-)
-COST_COLUMNS: Columns = (
-    ("paused", "preemptions.paused"),
-    ("recomputed", "preemptions.recomputed"),
-    ("by vLLM", "preemptions.by_vllm"),
-    ("tokens recomputed", "tokens_recomputed"),
-    ("out ahead", "swaps.outs_ahead"),
-    ("out urgent", "swaps.outs_urgent"),
-    ("in ahead", "swaps.ins_ahead"),
-    ("in urgent", "swaps.ins_urgent"),
-    ("MiB out", "swaps.mib_out"),
-    ("MiB in", "swaps.mib_in"),
-    ("copied of first outs", "swaps.first_out_copied"),
-    ("of later outs", "swaps.again_out_copied"),
-    ("copy wait / step time", "swaps.copy_wait_share"),
-    ("scheduler ms/step", "wall.scheduler_step_ms"),
-    ("step mean ms", "step_ms.mean"),
-    ("CPU ms/step", "wall.cpu_step_ms"),
-    ("waited for a core", "wall.run_delay_share"),
-    ("machine short of cores", "wall.cpu_pressure_share"),
-    ("client late max ms", "wall.client_late_max_ms"),
-)
-TABLES: tuple[Columns, ...] = (LATENCY_COLUMNS, SLOWDOWN_COLUMNS, COST_COLUMNS)
-# The latency target, in decode steps of an idle engine: 0.3 s a token on the paper's hardware.
-TARGET_STEPS = 10
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """One system at one load and one seed; a load of None means all present at the start."""
+class Section:
+    """What one folder of points says."""
 
-    system: str
-    load: float | None
-    seed: int
-    rate_rps: float | None
-    figures: Figures
-    # Digest of the whole run's output, and of each request's.
-    output_digest: str
-    request_digests: Mapping[str, str] = field(repr=False)
-    counters: Mapping[str, Any] = field(default_factory=dict)
-    # What depends on the machine's speed, kept apart for runs on the virtual clock.
-    wall: Mapping[str, float] = field(default_factory=dict)
-    # A request alone on this engine, where that was measured.
-    alone: Alone | None = None
+    name: str
+    runs: list[RunResult]
+    manifest: dict[str, Any]
+    baseline: str
+    target_ms: float | None
+    figures: dict[str, Figure] = field(default_factory=dict)
 
+    @property
+    def tables(self) -> list[Table]:
+        """Tables with a ratio to the baseline in every cell."""
+        return tables_of(self.runs, self.baseline, self.target_ms)
 
-@dataclass(frozen=True)
-class Ratio:
-    """A figure over seeds, and its ratio to the baseline at the same load and seed."""
+    @property
+    def verdict(self) -> str:
+        """Whether all systems generated the same."""
+        return output_verdict(self.runs)
 
-    median: float
-    low: float
-    high: float
-    ratio_median: float | None
-    ratio_low: float | None
-    ratio_high: float | None
+    @property
+    def plots(self) -> list[dict[str, str]]:
+        """Title and picture of each plot, as the page holds them."""
+        return [
+            {"title": PLOTS[name][0], "svg": _base64_svg(figure)}
+            for name, figure in self.figures.items()
+        ]
 
+    @property
+    def config(self) -> str:
+        """What decided the numbers, as text."""
+        return json.dumps(self.manifest["config"], indent=1)
 
-def value_of(run: RunResult, path: str) -> float | None:
-    """Read one number of a point by its dotted path; None where the point has no such thing."""
-    value: Any = {**run.figures, "wall": run.wall, "counters": run.counters}
-    for key in path.split("."):
-        value = value.get(key) if value is not None else None
-    return None if value is None else float(value)
-
-
-def compare(
-    runs: Sequence[RunResult], system: str, load: float | None, path: str, baseline: str = BASELINE
-) -> Ratio | None:
-    """Compare a system with the baseline at a load, seed by seed; None without the figure."""
-    own = _by_seed(runs, system, load, path)
-    base = _by_seed(runs, baseline, load, path)
-    if not own:
-        return None
-    ratios = [own[seed] / base[seed] for seed in own if base.get(seed)]
-    spread = _median_low_high(ratios) if ratios else (None, None, None)
-    return Ratio(*_median_low_high(list(own.values())), *spread)
-
-
-def summary(runs: Sequence[RunResult], baseline: str = BASELINE) -> list[dict[str, Any]]:
-    """One row per load and system: each figure's median over seeds and ratio to the baseline."""
-    rows = []
-    for load, system in _points(runs):
-        row: dict[str, Any] = {"load": load, "system": system}
-        for _, path in (column for columns in TABLES for column in columns):
-            ratio = compare(runs, system, load, path, baseline)
-            row[path] = asdict(ratio) if ratio else None
-        rows.append(row)
-    return rows
-
-
-def markdown_table(
-    runs: Sequence[RunResult], columns: Columns = LATENCY_COLUMNS, baseline: str = BASELINE
-) -> str:
-    """A Markdown table; a cell is `median (ratio, lowest-highest ratio)`.
-
-    Figures that no point has get no column; without any column there is no table.
-    """
-    columns = tuple(c for c in columns if any(value_of(run, c[1]) is not None for run in runs))
-    if not columns:
-        return ""
-    titles = ["load", "system", *(title for title, _ in columns)]
-    lines = [_line(titles), _line(["---"] * len(titles))]
-    for load, system in _points(runs):
-        ratios = [compare(runs, system, load, path, baseline) for _, path in columns]
-        cells = [_cell(ratio, is_baseline=system == baseline) for ratio in ratios]
-        lines.append(_line(["all at once" if load is None else f"{load:g}", system, *cells]))
-    return "\n".join(lines)
-
-
-def output_check(runs: Sequence[RunResult]) -> dict[str, Any]:
-    """Compare every request's output over all systems and loads of a seed."""
-    expected: dict[tuple[int, str], str] = {}
-    differing: set[tuple[int, str]] = set()
-    for run in sorted(runs, key=lambda run: run.system != BASELINE):
-        for request_id, digest in run.request_digests.items():
-            key = (run.seed, request_id)
-            if expected.setdefault(key, digest) != digest:
-                differing.add(key)
-    return {
-        "runs": len(runs),
-        "requests": len(expected),
-        "identical": not differing,
-        "differing": [f"seed {seed} request {name}" for seed, name in sorted(differing)],
-    }
-
-
-def target_ms(runs: Sequence[RunResult]) -> float | None:
-    """The normalized latency that counts as sustained: ten of the baseline's decode steps."""
-    steps_s = [run.alone.token_s for run in runs if run.system == BASELINE and run.alone]
-    return 1000 * TARGET_STEPS * statistics.median(steps_s) if steps_s else None
-
-
-def sustained_rates(
-    runs: Sequence[RunResult], target: float, baseline: str = BASELINE
-) -> dict[str, dict[str, Any]]:
-    """Rate at the normalized-latency target, as median over seeds and ratios to the baseline.
-
-    A system whose points do not enclose the target is left out.
-    """
-    rates: dict[str, dict[int, float]] = {}
-    for system in _systems(runs):
-        for seed in sorted({run.seed for run in runs}):
-            rate = _sustained(runs, system, seed, target)
-            if rate is not None:
-                rates.setdefault(system, {})[seed] = rate
-    base = rates.get(baseline, {})
-    return {
-        system: {
-            "rate_rps": statistics.median(by_seed.values()),
-            "ratios": [by_seed[seed] / base[seed] for seed in by_seed if seed in base],
+    @property
+    def facts(self) -> dict[str, str]:
+        """How it was measured, in a few words."""
+        config, machine = self.manifest["config"], self.manifest["machine"]
+        lengths = config["trace"].get("built_in") or config["trace"].get("name")
+        clock = "wall, over HTTP" if config.get("http") else config["clock"]
+        seeds = sorted({run.seed for run in self.runs})
+        return {
+            "Lengths": str(lengths),
+            "Requests": f"{config['requests']} a point, seeds {', '.join(map(str, seeds))}",
+            "Clock": clock,
+            "Batch": str(config["engine"]["max_num_seqs"]),
+            "KV blocks": f"{config['engine']['num_gpu_blocks_override']}, "
+            f"{config['kv_blocks_over_demand']:.2g} of what a full batch wants",
+            "vLLM": self.manifest["versions"].get("vllm", "?"),
+            "Commit": str(self.manifest["git"]["commit"]),
+            "Machine": f"{machine['cpu_count']} x {machine['cpu']}",
         }
-        for system, by_seed in rates.items()
-    }
+
+    def markdown(self) -> str:
+        """The section's part of `report.md`."""
+        facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
+        plots = [f"![{PLOTS[plot][0]}]({self.file_of(plot)})" for plot in self.figures]
+        tables = [table.markdown() for table in self.tables]
+        return "\n\n".join([f"## {self.name}", facts, *plots, *tables, self.verdict])
+
+    def document(self) -> dict[str, Any]:
+        """The section's part of `report.json`."""
+        target = self.target_ms or target_ms(self.runs)
+        return {
+            "manifest": self.manifest,
+            "baseline": self.baseline,
+            "target_normalized_ms": target,
+            "sustained": sustained_rates(self.runs, target, self.baseline) if target else None,
+            "output_check": output_check(self.runs),
+            "summary": summary(self.runs, self.baseline),
+        }
+
+    def file_of(self, plot: str) -> str:
+        """Name of a plot's PNG file."""
+        return f"{self.name}-{plot}.png"
 
 
-def headline(runs: Sequence[RunResult], target: float, baseline: str = BASELINE) -> str:
-    """The sustained rates as a Markdown table."""
-    rates = sustained_rates(runs, target, baseline)
-    title = f"requests/s at a normalized latency of {target:.4g} ms"
-    lines = [_line(["system", title, f"over {baseline}"]), _line(["---"] * 3)]
-    for system in _systems(run for run in runs if run.load is not None):
-        if system not in rates:
-            lines.append(_line([system, "outside the loads measured", "-"]))
-            continue
-        ratios = rates[system]["ratios"]
-        cell = "-"
-        if ratios:
-            middle, low, high = _median_low_high(ratios)
-            cell = f"{middle:.3g}x ({low:.3g}-{high:.3g}, {len(ratios)} seeds)"
-        lines.append(_line([system, f"{rates[system]['rate_rps']:.4g}", cell]))
-    return "\n".join(lines)
+def section_of(folder: Path, baseline: str, target: float | None) -> Section:
+    """Read a folder. Raises InputError for one without points that compare."""
+    runs = load_points(folder)
+    systems = sorted({run.system for run in runs})
+    if baseline not in systems:
+        raise InputError(
+            f"no points of {baseline} in {folder}; there are points of {', '.join(systems)}"
+        )
+    return Section(folder.resolve().name, runs, manifest_of(folder), baseline, target)
 
 
-def report(runs: Sequence[RunResult], baseline: str = BASELINE, target: float | None = None) -> str:
-    """Every table of a set of points, and whether all systems generated the same."""
-    parts = [markdown_table(runs, columns, baseline) for columns in TABLES]
-    target = target or target_ms(runs)
-    if target is not None and any(run.load is not None for run in runs):
-        parts.append(headline(runs, target, baseline))
-    check = output_check(runs)
-    verdict = "identical" if check["identical"] else f"DIFFERENT: {check['differing'][:10]}"
-    parts.append(f"outputs of {check['requests']} requests in {check['runs']} runs: {verdict}")
-    return "\n\n".join(part for part in parts if part)
+def draw(section: Section) -> None:
+    """Draw every plot that there are figures for."""
+    for name, (_, plot) in PLOTS.items():
+        figure = plot(section.runs)
+        if figure is not None:
+            section.figures[name] = figure
 
 
-def _sustained(runs: Sequence[RunResult], system: str, seed: int, target: float) -> float | None:
-    rates, latencies = [], []
-    for run in runs:
-        if run.system == system and run.seed == seed and run.rate_rps is not None:
-            rates.append(run.rate_rps)
-            latencies.append(run.figures["normalized_ms"]["mean"])
-    return sustained_rate(rates, latencies, target)
+def write(sections: Sequence[Section], out: Path, baseline: str) -> None:
+    """Write `report.md`, its plots, `index.html` and `report.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        draw(section)
+        for name, figure in section.figures.items():
+            figure.savefig(out / section.file_of(name), dpi=110)
+    text = "\n\n".join(["# FastServe benchmarks", *(s.markdown() for s in sections)])
+    (out / "report.md").write_text(text + "\n", encoding="utf-8")
+    templates = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True)
+    page = templates.get_template("report.html.j2").render(sections=sections, baseline=baseline)
+    (out / "index.html").write_text(page, encoding="utf-8")
+    write_json(out / "report.json", {section.name: section.document() for section in sections})
 
 
-def _points(runs: Sequence[RunResult]) -> list[tuple[float | None, str]]:
-    loads = sorted({run.load for run in runs}, key=lambda load: (load is not None, load))
-    systems = _systems(runs)
-    present = {(run.load, run.system) for run in runs}
-    return [(load, system) for load in loads for system in systems if (load, system) in present]
+def _base64_svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _by_seed(
-    runs: Iterable[RunResult], system: str, load: float | None, path: str
-) -> dict[int, float]:
-    values: dict[int, float] = {}
-    for run in runs:
-        if run.system == system and run.load == load:
-            value = value_of(run, path)
-            if value is not None:
-                values[run.seed] = value
-    return values
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    parser.add_argument("--out", type=Path, help="folder for Markdown, plots, page and JSON")
+    parser.add_argument("--baseline", default=BASELINE, help="system of the ratios' denominator")
+    parser.add_argument("--target-ms", type=float, help="normalized latency to be sustained")
+    args = parser.parse_args(argv)
+    if len({folder.resolve().name for folder in args.folders}) < len(args.folders):
+        parser.error("folders are told apart by their names, and two have the same")
+    return args
 
 
-def _median_low_high(values: Sequence[float]) -> tuple[float, float, float]:
-    return statistics.median(values), min(values), max(values)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 2 for a folder without points that compare."""
+    args = parse_arguments(argv)
+    try:
+        sections = [section_of(f, args.baseline, args.target_ms) for f in args.folders]
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if args.out is not None:
+        write(sections, args.out, args.baseline)
+    for section in sections:
+        if len(sections) > 1:
+            print(f"\n## {section.name}\n")
+        print("\n\n".join([*(table.markdown() for table in section.tables), section.verdict]))
+    if args.out is not None:
+        print(f"\nreport: {args.out / 'index.html'}, {args.out / 'report.md'}")
+    return 0
 
 
-def _cell(ratio: Ratio | None, *, is_baseline: bool) -> str:
-    if ratio is None:
-        return "-"
-    text = f"{ratio.median:.4g}"
-    if is_baseline or ratio.ratio_median is None:
-        return text
-    spread = f", {ratio.ratio_low:.3g}-{ratio.ratio_high:.3g}"
-    shown = spread if ratio.ratio_low != ratio.ratio_high else ""
-    return f"{text} ({ratio.ratio_median:.3g}x{shown})"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _systems(runs: Iterable[RunResult]) -> list[str]:
-    """In the order of the table of systems, whatever the order of the points."""
-    present = {run.system for run in runs}
-    return [name for name in SYSTEMS if name in present]
+if __name__ == "__main__":
+    sys.exit(main())

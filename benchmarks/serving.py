@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,8 +70,16 @@ class Feeder:
         self._prompt_seed = prompt_seed
         self._vocab_size, self._special_ids = _vocabulary(llm)
 
-    def serve(self, requests: Sequence[Request], clock: Clock) -> Served:
-        """Serve all requests to their end; `clock` begins at 0."""
+    def serve(
+        self,
+        requests: Sequence[Request],
+        clock: Clock,
+        watch: Callable[[float], None] | None = None,
+    ) -> Served:
+        """Serve all requests to their end; `clock` begins at 0.
+
+        `watch` is called with the time at the end of each step.
+        """
         run = _Run(self._engine, clock)
         # Prompts and parameters are made beforehand: they are no work of the engine's.
         prepared = [(request, *self._prepare(request)) for request in requests]
@@ -83,6 +91,8 @@ class Feeder:
             while prepared and prepared[-1][0].arrival_s <= clock():
                 run.add(*prepared.pop())
             silent_steps = 0 if run.step() else silent_steps + 1
+            if watch is not None:
+                watch(clock())
             if silent_steps > _MAX_SILENT_STEPS:
                 raise RuntimeError("the engine makes no progress")
         return Served([progress.record() for progress in run.progress.values()], run.step_s)

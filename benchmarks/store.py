@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.alone import Alone
 from benchmarks.errors import InputError
 from benchmarks.manifest import code_fingerprint, manifest, rounded, versions, write_json
-from benchmarks.report import RunResult
+from benchmarks.result import RunResult
 
 
 def point_name(system: str, load: float | None, seed: int) -> str:
@@ -87,10 +87,13 @@ def document_of(run: RunResult) -> dict[str, Any]:
         "seed": run.seed,
         "rate_rps": run.rate_rps,
         "alone_ms": None if run.alone is None else run.alone.document(),
-        "figures": run.figures,
+        "figures": {k: v for k, v in run.figures.items() if k != "quantiles"},
         "counters": run.counters,
         "wall": run.wall,
         "output_digest": run.output_digest,
+        # One line a column, for there are hundreds of numbers.
+        "quantiles": _packed(run.figures.get("quantiles", {})),
+        "timeline": _packed(run.timeline),
         # In the order of the requests' ids.
         "request_digests": " ".join(digest for _, digest in sorted(run.request_digests.items())),
     }
@@ -105,13 +108,22 @@ def run_of(document: Mapping[str, Any]) -> RunResult:
         load=document["load"],
         seed=document["seed"],
         rate_rps=document["rate_rps"],
-        figures=document["figures"],
+        figures=document["figures"] | {"quantiles": _unpacked(document.get("quantiles", {}))},
         output_digest=document["output_digest"],
         request_digests={f"{number:06d}": digest for number, digest in enumerate(digests)},
         counters=document["counters"],
         wall=document["wall"],
+        timeline=_unpacked(document.get("timeline", {})),
         alone=None if idle is None else Alone.parse(idle),
     )
+
+
+def _packed(columns: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    return {name: " ".join(f"{value:.5g}" for value in column) for name, column in columns.items()}
+
+
+def _unpacked(columns: Mapping[str, str]) -> dict[str, list[float]]:
+    return {name: [float(text) for text in column.split()] for name, column in columns.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Workloads: lengths from a CSV trace, the paper's filter, seeded samples, arrivals and prompts.
+"""Workloads: lengths from a CSV trace or built in, the paper's filter, samples, arrivals, prompts.
 
 Everything random takes a seed and draws from its own stream, so a longer prompt or another
 arrival process never changes which requests are sampled.
@@ -12,14 +12,19 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.errors import InputError
+from fastserve_vllm.workloads import WORKLOADS, is_served
 
 _PROMPT_COLUMNS = ("prompt_tokens", "ContextTokens")
 _OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
+# Rows of a built-in workload, from which samples are drawn as from a trace's.
+BUILT_IN_ROWS = 50_000
 
 
 class _Stream(enum.IntEnum):
@@ -59,13 +64,15 @@ def load_trace(path: Path) -> list[TraceRow]:
         raise InputError(f"no trace at {path}")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        prompt = _column(path, columns, _PROMPT_COLUMNS)
-        output = _column(path, columns, _OUTPUT_COLUMNS)
         try:
-            rows = [TraceRow(_tokens(r, prompt), _tokens(r, output), _arrival_s(r)) for r in reader]
-        except ValueError as error:
-            raise InputError(f"{path.name}, line {reader.line_num}: {error}") from None
+            columns = reader.fieldnames or []
+            prompt = _column(path, columns, _PROMPT_COLUMNS)
+            output = _column(path, columns, _OUTPUT_COLUMNS)
+            rows = [_trace_row(row, prompt, output) for row in reader]
+        except InputError:
+            raise
+        except (ValueError, csv.Error) as error:
+            raise InputError(f"{path.name}, line {max(reader.line_num, 1)}: {error}") from None
     rows = [row for row in rows if row.prompt_tokens >= 1 and row.output_tokens >= 1]
     if not rows:
         raise InputError(f"{path.name} holds no request")
@@ -74,13 +81,27 @@ def load_trace(path: Path) -> list[TraceRow]:
 
 def paper_filter(rows: Sequence[TraceRow]) -> list[TraceRow]:
     """Apply the filter of the paper's artefact: short enough to serve, long enough to matter."""
-    return [row for row in rows if _is_kept(row)]
+    return [row for row in rows if is_served(row.prompt_tokens, row.output_tokens)]
 
 
-def _is_kept(row: TraceRow) -> bool:
-    too_long = row.prompt_tokens > 1024 or row.prompt_tokens + row.output_tokens > 2048
-    too_short = row.prompt_tokens < 4 and row.output_tokens < 4
-    return not (too_long or too_short)
+def built_in(name: str) -> list[TraceRow]:
+    """Rows of a built-in workload, the same ones each time; they carry no arrivals."""
+    lengths = islice(WORKLOADS[name].lengths(seed=0), BUILT_IN_ROWS)
+    return [TraceRow(prompt, output) for prompt, output in lengths]
+
+
+def scaled(rows: Sequence[TraceRow], prompts: float, outputs: float) -> list[TraceRow]:
+    """Rows with lengths multiplied, one token at least."""
+    if prompts == outputs == 1:
+        return list(rows)
+    return [
+        replace(
+            row,
+            prompt_tokens=max(round(prompts * row.prompt_tokens), 1),
+            output_tokens=max(round(outputs * row.output_tokens), 1),
+        )
+        for row in rows
+    ]
 
 
 def sample_requests(rows: Sequence[TraceRow], count: int, seed: int) -> list[Request]:
@@ -175,7 +196,13 @@ def _column(path: Path, columns: Collection[str], names: Sequence[str]) -> str:
     )
 
 
-def _tokens(row: Mapping[str, str | None], column: str) -> int:
+def _trace_row(row: Mapping[str | None, Any], prompt: str, output: str) -> TraceRow:
+    if None in row:
+        raise ValueError(f"{len(row[None])} more fields than the first line has columns")
+    return TraceRow(_tokens(row, prompt), _tokens(row, output), _arrival_s(row))
+
+
+def _tokens(row: Mapping[str | None, Any], column: str) -> int:
     text = row[column]
     try:
         count = int(text or "")
@@ -186,7 +213,7 @@ def _tokens(row: Mapping[str, str | None], column: str) -> int:
     return count
 
 
-def _arrival_s(row: Mapping[str, str | None]) -> float | None:
+def _arrival_s(row: Mapping[str | None, Any]) -> float | None:
     """Seconds from `arrival_s`, or from `TIMESTAMP`, where anything but a date means none."""
     if "arrival_s" in row:
         return _seconds(row["arrival_s"])

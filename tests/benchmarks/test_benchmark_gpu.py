@@ -12,8 +12,7 @@ import torch
 
 from benchmarks import cli, copy_bandwidth, gpu
 from benchmarks.copy_bandwidth import CopyCase, CopyPlan, block_ids, cases, figures, table
-from benchmarks.llama_8b import BLOCK_BYTES, CONFIG, write_model, write_trace
-from benchmarks.workload import load_trace, paper_filter
+from benchmarks.llama_8b import BLOCK_BYTES, CONFIG, write_model
 from fastserve_vllm.kv_swap.copies import SynchronousCopies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,23 +42,15 @@ def test_the_model_is_of_8b_shape(tmp_path):
     assert BLOCK_BYTES == 16 * 128 * 1024
 
 
-def test_generated_lengths_are_a_trace(tmp_path):
-    """The same one each time, of which the filter keeps nearly all."""
-    once, again = write_trace(tmp_path / "a.csv"), write_trace(tmp_path / "b.csv")
-    assert once.read_bytes() == again.read_bytes()
-    rows = load_trace(once)
-    assert len(paper_filter(rows)) > 0.9 * len(rows)
-    assert max(row.prompt_tokens + row.output_tokens for row in rows) <= 2048
-
-
 @pytest.mark.parametrize("part", ["slots", "kv"])
 def test_parts_are_commands_of_the_other_benchmark(part, tmp_path):
     """On the wall's clock, and with room for paused requests in the V2 model runner."""
-    words = gpu.run_arguments(part, arguments(tmp_path), tmp_path, tmp_path / "trace.csv")
+    words = gpu.run_arguments(part, arguments(tmp_path), tmp_path)
     args = cli.parse_arguments(words)
     assert (args.regime, args.clock, args.batch, args.block_size) == (part, "wall", 64, 16)
     assert tuple(args.systems) == gpu.SYSTEMS[part]
     assert tuple(args.loads) == gpu.LOADS[part]
+    assert (args.workload, args.trace) == ("sharegpt", None)
     assert args.engine_args["max_num_active_seqs"] == 64
     assert args.engine_args["max_num_seqs"] == 64 + args.requests
     assert args.out == tmp_path / "out" / part
@@ -67,10 +58,13 @@ def test_parts_are_commands_of_the_other_benchmark(part, tmp_path):
 
 def test_engine_arguments_can_be_replaced(tmp_path):
     """Those that are given win."""
-    args = arguments(tmp_path, "--engine-args", '{"max_num_seqs": 100}', "--requests", "7")
-    words = gpu.run_arguments("kv", args, tmp_path, tmp_path / "trace.csv")
+    args = arguments(
+        tmp_path, "--engine-args", '{"max_num_seqs": 100}', "--requests", "7", "--trace", "t.csv"
+    )
+    words = gpu.run_arguments("kv", args, tmp_path)
     parsed = cli.parse_arguments(words)
     assert (parsed.requests, parsed.engine_args["max_num_seqs"]) == (7, 100)
+    assert (parsed.workload, parsed.trace) == (None, Path("t.csv"))
     assert parsed.engine_args["load_format"] == "dummy"
 
 

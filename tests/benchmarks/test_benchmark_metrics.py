@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.alone import Alone
 from benchmarks.metrics import figures_of, requests_per_s, sustained_rate
 from benchmarks.records import RequestRecord, digest_of_run, digest_of_tokens
 
@@ -12,7 +13,7 @@ def record(arrival_s=0.0, times_s=(1.0,), output=None, name="0", prompt=4, diges
 
 
 def figures(*records):
-    return figures_of(records, lambda prompt, output: 0.1 * output)
+    return figures_of(records, Alone(first_s=0.1, prompt_token_s=0.0, token_s=0.1))
 
 
 def test_latencies_of_one_request():
@@ -99,3 +100,28 @@ def test_run_digest_ignores_the_order_of_finishing():
     a, b = (record(name=n, digest=digest_of_tokens([1, int(n)])) for n in "12")
     assert digest_of_run([a, b]) == digest_of_run([b, a])
     assert digest_of_run([a]) != digest_of_run([b])
+
+
+def test_quantiles_draw_the_distribution():
+    """From the smallest to the largest, in milliseconds, the median in the middle."""
+    result = figures(*(record(0.0, (float(n),)) for n in (1, 2, 3)))["quantiles"]
+    assert len(result["ttft_ms"]) == 101
+    assert [result["ttft_ms"][n] for n in (0, 50, 100)] == [1000, 2000, 3000]
+    assert "longest_gap_ms" not in result
+
+
+@pytest.mark.parametrize(
+    ("times_s", "met"),
+    [
+        ((5.0, 5.4), (True, True, True)),
+        ((5.0, 5.6), (False, True, True)),
+        ((6.0, 6.1), (False, True, True)),
+        ((5.0, 6.5), (False, False, True)),
+        ((21.0, 21.1), (False, False, False)),
+        ((1.0,), (True, True, True)),
+    ],
+)
+def test_targets_are_met_on_both_sides(times_s, met):
+    """Time to first token and time a token, in steps of 0.1 s."""
+    result = figures(record(0.0, times_s))["within_target"]
+    assert tuple(result.values()) == met

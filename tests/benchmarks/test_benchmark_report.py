@@ -1,115 +1,140 @@
+"""The report: plots, a page that is whole in itself, and what is refused."""
+
 from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.alone import Alone
-from benchmarks.report import (
-    RunResult,
-    compare,
-    headline,
-    markdown_table,
-    output_check,
-    summary,
-    sustained_rates,
-    target_ms,
-    value_of,
-)
+from benchmarks import report
+from benchmarks.alone import VIRTUAL
+from benchmarks.metrics import figures_of
+from benchmarks.plots import PLOTS
+from benchmarks.records import RequestRecord
+from benchmarks.result import RunResult
+from benchmarks.store import Store, load_points
+from benchmarks.timeline import COLUMNS, SAMPLES, Timeline
+
+CONFIG = {
+    "clock": "virtual",
+    "http": False,
+    "trace": {"built_in": "sharegpt"},
+    "requests": 3,
+    "engine": {"max_num_seqs": 16, "num_gpu_blocks_override": 100},
+    "kv_blocks_over_demand": 0.2,
+}
 
 
-def run(system, seed=0, load=1.0, ttft=100.0, normalized=5.0, rate=10.0, digest="same"):
-    figures = {"ttft_ms": {"mean": ttft}, "normalized_ms": {"mean": normalized}}
-    return RunResult(system, load, seed, rate, figures, digest, {"0": digest})
-
-
-def test_ratios_pair_seeds():
-    """The ratio is taken seed by seed, then the median of the ratios."""
-    runs = [run("vllm-fcfs", seed, ttft=base) for seed, base in enumerate((100.0, 200.0, 400.0))]
-    runs += [run("fastserve", seed, ttft=own) for seed, own in enumerate((10.0, 100.0, 80.0))]
-    ratio = compare(runs, "fastserve", 1.0, "ttft_ms.mean")
-    assert (ratio.median, ratio.low, ratio.high) == (80.0, 10.0, 100.0)
-    assert (ratio.ratio_median, ratio.ratio_low, ratio.ratio_high) == (0.2, 0.1, 0.5)
-
-
-def test_missing_figures_stay_missing():
-    """A figure that a run does not have is a dash, not a zero."""
-    runs = [run("vllm-fcfs")]
-    assert value_of(runs[0], "slowdown.1-10.mean") is None
-    assert compare(runs, "vllm-fcfs", 1.0, "slowdown.1-10.mean") is None
-
-
-def test_columns_without_any_figure_are_left_out():
-    """What no point has gets no column; what one point lacks is a dash."""
-    lacking = RunResult("mlfq", 1.0, 0, 10.0, {"normalized_ms": {"mean": 5.0}}, "same", {})
-    table = markdown_table([run("vllm-fcfs"), lacking])
-    assert "e2e" not in table
-    assert "| 1 | mlfq | - | 5 (1x) |" in table
-
-
-def test_table_has_a_row_for_each_load_and_system():
-    """The baseline's row shows no ratio, every other one does."""
-    runs = [run("vllm-fcfs"), run("fastserve", ttft=10.0), run("vllm-fcfs", load=1.2)]
-    lines = markdown_table(runs).splitlines()
-    assert len(lines) == 2 + 3
-    assert "| 1 | vllm-fcfs | 100 |" in lines[2]
-    assert "| 1 | fastserve | 10 (0.1x) |" in lines[3]
-    assert len(summary(runs)) == 3
-
-
-def test_differing_output_is_found():
-    """A request whose output differs in any run of its seed is named."""
-    same = [run("vllm-fcfs"), run("fastserve"), run("fastserve", load=1.2)]
-    assert output_check(same)["identical"]
-    check = output_check([*same, run("mlfq", digest="other")])
-    assert check["differing"] == ["seed 0 request 0"]
-
-
-def test_seeds_have_outputs_of_their_own():
-    """Outputs are not compared between seeds."""
-    assert output_check([run("vllm-fcfs", 0), run("vllm-fcfs", 1, digest="other")])["identical"]
-
-
-def test_headline_is_a_ratio_of_rates():
-    """Each system's rate at the target, over the baseline's."""
-    runs = [
-        run("vllm-fcfs", load=1.0, rate=10.0, normalized=1.0),
-        run("vllm-fcfs", load=2.0, rate=20.0, normalized=100.0),
-        run("fastserve", load=2.0, rate=20.0, normalized=1.0),
-        run("fastserve", load=4.0, rate=40.0, normalized=100.0),
+def point(system, load, seed=0, slow=1.0):
+    records = [
+        RequestRecord(str(n), 0.0, 8, n + 2, tuple(slow * (k + 1) for k in range(n + 2)), "x")
+        for n in range(3)
     ]
-    rates = sustained_rates(runs, 10.0)
-    assert rates["fastserve"]["rate_rps"] == pytest.approx(30.0)
-    assert rates["fastserve"]["ratios"] == pytest.approx([2.0])
+    ramp = [float(n) for n in range(5)]
+    return RunResult(
+        system,
+        load,
+        seed,
+        load and 10 * load,
+        figures_of(records, VIRTUAL),
+        "digest",
+        {"000000": "01234567"},
+        alone=VIRTUAL,
+        timeline=dict.fromkeys(COLUMNS, ramp),
+    )
 
 
-def test_ratios_to_another_baseline():
-    """Any system can be the denominator."""
-    runs = [run("vllm-fcfs", ttft=100.0), run("mlfq", ttft=50.0), run("fastserve", ttft=10.0)]
-    assert compare(runs, "fastserve", 1.0, "ttft_ms.mean", "mlfq").ratio_median == 0.2
-    assert "| 1 | mlfq | 50 |" in markdown_table(runs, baseline="mlfq")
+@pytest.fixture
+def folder(tmp_path):
+    store = Store(tmp_path / "kv", CONFIG)
+    for seed in (0, 1):
+        store.save(point("vllm-fcfs", None, seed))
+        for load in (0.5, 1.2):
+            store.save(point("vllm-fcfs", load, seed, slow=2.0))
+            store.save(point("fastserve", load, seed))
+    return store.folder
 
 
-def test_the_target_is_ten_decode_steps_of_the_baseline():
-    """The median over the baseline's points; other systems do not count."""
-    points = [
-        RunResult(system, None, 0, None, {}, "", {}, alone=Alone(0.0, 0.0, token_s))
-        for system, token_s in (("vllm-fcfs", 0.002), ("vllm-fcfs", 0.004), ("fastserve", 1.0))
-    ]
-    assert target_ms(points) == pytest.approx(30.0)
+def test_the_page_is_whole_in_itself(folder, tmp_path):
+    """Every plot and table is in it, and nothing is fetched."""
+    assert report.main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml;base64,") == len(PLOTS)
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "<td>fastserve</td>" in page
+    assert len(page) < 3_000_000
 
 
-def test_headline_says_where_the_target_was_not_enclosed():
-    """Nothing is extrapolated, and the table says so."""
-    runs = [
-        run("vllm-fcfs", load=1.0, rate=10.0, normalized=1.0),
-        run("vllm-fcfs", load=2.0, rate=20.0, normalized=100.0),
-        run("fastserve", load=2.0, rate=20.0, normalized=1.0),
-    ]
-    lines = headline(runs, 10.0).splitlines()
-    assert lines[2] == "| vllm-fcfs | 15 | 1x (1-1, 1 seeds) |"
-    assert lines[3] == "| fastserve | outside the loads measured | - |"
+def test_markdown_shows_plots_and_tables(folder, tmp_path, capsys):
+    """Each plot is a PNG file beside it; the tables are those that are printed."""
+    out = tmp_path / "out"
+    report.main([str(folder), "--out", str(out)])
+    text = (out / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\((.*\.png)\)", text)
+    assert pictures == [f"kv-{name}.png" for name in PLOTS]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    table = next(line for line in capsys.readouterr().out.splitlines() if "fastserve" in line)
+    assert table in text
+    document = json.loads((out / "report.json").read_text(encoding="utf-8"))["kv"]
+    assert document["output_check"]["identical"]
 
 
-def test_all_at_once_has_rows_of_its_own():
-    """A point without a load comes first."""
-    runs = [run("vllm-fcfs"), run("vllm-fcfs", load=None)]
-    assert "| all at once | vllm-fcfs |" in markdown_table(runs).splitlines()[2]
+def test_quantiles_and_timeline_survive_the_store(folder):
+    """As they were, to five digits."""
+    loaded = load_points(folder)[0]
+    assert loaded.timeline == point("vllm-fcfs", 1.0).timeline
+    quantiles = loaded.figures["quantiles"]
+    assert len(quantiles["ttft_ms"]) == 101
+    assert quantiles["ttft_ms"][50] == loaded.figures["ttft_ms"]["p50"]
+
+
+def test_what_no_point_has_is_not_drawn(tmp_path):
+    """Without loads there is no latency against rate; without swaps no timeline."""
+    runs = [point("vllm-fcfs", None)]
+    drawn = {name for name, (_, plot) in PLOTS.items() if plot(runs) is not None}
+    assert drawn == {"slowdown", "throughput"}
+
+
+def test_bad_folders_are_named(folder, tmp_path, capsys):
+    """With status 2 and one line."""
+    assert report.main([str(tmp_path / "none")]) == 2
+    assert "holds no measured points" in capsys.readouterr().err
+    assert report.main([str(folder), "--baseline", "mlfq"]) == 2
+    assert "there are points of fastserve, vllm-fcfs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main([str(folder), str(folder)])
+
+
+def stock_scheduler():
+    pool = SimpleNamespace(num_gpu_blocks=11, get_num_free_blocks=lambda: 4)
+    return SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=pool), requests={"a": 1})
+
+
+@pytest.mark.parametrize("steps", [1, SAMPLES, 2 * SAMPLES, 100 * SAMPLES + 7])
+def test_a_timeline_is_bounded_and_even(steps):
+    """However many steps: never twice `SAMPLES`, at equal distances."""
+    timeline = Timeline(stock_scheduler())
+    for step in range(1, steps + 1):
+        timeline.sample(float(step))
+    times = timeline.columns()["time_s"]
+    assert len(times) < 2 * SAMPLES
+    assert len({later - earlier for earlier, later in pairwise(times)}) <= 1
+    assert times[-1] > steps - 2 * steps / SAMPLES - 1
+
+
+def test_a_timeline_counts_blocks_in_use():
+    """Without the null block; stock vLLM has none on the host."""
+    timeline = Timeline(stock_scheduler())
+    timeline.sample(0.5)
+    row = {name: column[0] for name, column in timeline.columns().items()}
+    assert row == {
+        "time_s": 0.5,
+        "requests": 1,
+        "device_blocks": 6,
+        "host_blocks": 0,
+        "blocks_out": 0,
+        "blocks_in": 0,
+    }

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from benchmarks import compare, in_process, manifest, run, store
+from benchmarks import in_process, manifest, report, run, store
 from benchmarks.alone import VIRTUAL
 from benchmarks.cli import experiment_of, parse_arguments
 from benchmarks.regimes import REGIMES, kv_demand, short_kv_blocks
-from benchmarks.report import RunResult
+from benchmarks.result import RunResult
 from benchmarks.systems import SYSTEMS, check_runnable, system_named
 from benchmarks.workload import TraceRow
 from fastserve_vllm.config import FastServeConfig
@@ -29,7 +29,7 @@ def measured(monkeypatch):
     """Stands in for measuring; collects the plans."""
     plans = []
 
-    def each(task, arguments, jobs):
+    def each(task, arguments, jobs, preloaded):
         assert task is in_process.run_point
         for plan in arguments:
             plans.append(plan)
@@ -96,7 +96,7 @@ def test_points_of_other_code_are_measured_again(
     del measured[:]
     run.main([*once, "--systems", "vllm-fcfs"])
     assert [p.system.name for p in measured] == ["vllm-fcfs"]
-    assert compare.main([str(tmp_path / "out")]) == 2
+    assert report.main([str(tmp_path / "out")]) == 2
     assert "differ in code" in capsys.readouterr().err
 
 
@@ -110,9 +110,9 @@ def test_points_are_whole(trace, tmp_path, tiny_model, measured, capsys):
     assert point["manifest"]["config"]["clock"] == "virtual"
     assert point["request_digests"] == "01234567"
     tables = capsys.readouterr().out
-    assert compare.main([str(out)]) == 0
+    assert report.main([str(out)]) == 0
     assert capsys.readouterr().out == tables
-    assert compare.main([str(out), "--baseline", "mlfq"]) == 2
+    assert report.main([str(out), "--baseline", "mlfq"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,43 @@ def test_bad_input_is_refused_before_anything_runs(
     assert run.main(command(trace, tmp_path, tiny_model, *more)) == 2
     assert message in capsys.readouterr().err
     assert measured == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([], "one of the arguments --workload --trace is required"),
+        (["--workload", "alpaca", "--trace", "t.csv"], "not allowed with"),
+        (["--workload", "sharedgpt"], "choose from"),
+        (["--workload", "alpaca", "--scale-prompts", "0"], "must be a number above 0"),
+    ],
+)
+def test_lengths_come_from_one_place(tmp_path, lengths, message, capsys):
+    """A built-in workload or a trace, not both."""
+    with pytest.raises(SystemExit):
+        parse_arguments([*lengths, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_malformed_trace_is_named_by_the_command(tmp_path, tiny_model, measured, capsys):
+    """File, line and column, with status 2."""
+    trace = tmp_path / "bad.csv"
+    trace.write_text("prompt_tokens,output_tokens\n5,5\nx,5\n", encoding="utf-8")
+    assert run.main(command(trace, tmp_path, tiny_model)) == 2
+    assert "bad.csv, line 3: prompt_tokens must be" in capsys.readouterr().err
+    trace.write_text("prompt_tokens\n5\n", encoding="utf-8")
+    assert run.main(command(trace, tmp_path, tiny_model)) == 2
+    assert "bad.csv needs one of the columns output_tokens" in capsys.readouterr().err
+
+
+def test_built_in_lengths_need_no_file(tmp_path, tiny_model):
+    """The points say which ones they were, and how they were scaled."""
+    words = ["--workload", "alpaca", "--scale-outputs", "2", "--requests", "50"]
+    words += ["--model", tiny_model, "--out", str(tmp_path)]
+    experiment = experiment_of(parse_arguments(words))
+    assert experiment.config["trace"] == {"built_in": "alpaca"}
+    assert experiment.config["scale"] == {"prompts": 1.0, "outputs": 2.0}
+    assert all(r.output_tokens % 2 == 0 for r in experiment.workloads[0])
 
 
 def test_regimes_fill_in_what_is_not_given(trace, tmp_path, tiny_model):

@@ -78,12 +78,24 @@ def test_missing_column_is_named(tmp_path):
         ("5", "line 3: output_tokens must be"),
         ("5,-1", "line 3: output_tokens must be"),
         ("5,1.5", "line 3: output_tokens must be"),
+        ("5,1,7", "line 3: 1 more fields than the first line has columns"),
     ],
 )
 def test_malformed_row_is_named(tmp_path, row, message):
     """The message names file, line, column and value."""
     with pytest.raises(InputError, match=message):
         load_trace(trace(tmp_path, f"prompt_tokens,output_tokens\n5,5\n{row}\n"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b"prompt_tokens,output_tokens\n5,5\n\xff,5\n"]
+)
+def test_what_is_no_text_is_named(tmp_path, content):
+    """A binary file is bad input, not a crash."""
+    path = tmp_path / "trace.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"trace.csv, line \d: 'utf-8' codec"):
+        load_trace(path)
 
 
 @pytest.mark.parametrize("arrival", ["soon", "nan", "inf", ""])

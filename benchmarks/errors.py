@@ -1,5 +1,5 @@
-"""The one exception for what the user of a command got wrong."""
+"""Errors that a command reports in one line."""
 
+from fastserve_vllm.traces import InputError
 
-class InputError(ValueError):
-    """An input that cannot be used; the message is for whoever typed the command."""
+__all__ = ["InputError"]

@@ -19,7 +19,8 @@ from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
 from fastserve_vllm.simulator.copies import Copy, CopyChannels
 from fastserve_vllm.simulator.kv_cache import HostState, KvCache, LiveRequest
-from fastserve_vllm.simulator.request import ServedRequest, SimulatedRequest
+from fastserve_vllm.simulator.served import ServedRequest
+from fastserve_vllm.traces import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class SimulatedEngine:
         self._uncharged_s = 0.0
         self._uncharged_steps = 0
 
-    def serve(self, requests: Iterable[SimulatedRequest]) -> Iterator[ServedRequest]:
+    def serve(self, requests: Iterable[Request]) -> Iterator[ServedRequest]:
         """Serve the requests, which come in order of arrival; yields each one as it finishes.
 
         Raises:
@@ -123,7 +124,7 @@ class SimulatedEngine:
                 self._arrive(coming)
                 follower = next(arrivals, None)
                 if follower is not None and follower.arrival_s < coming.arrival_s:
-                    raise ValueError(f"request {follower.request_id} arrives out of order")
+                    raise ValueError(f"request {follower.id} arrives out of order")
                 coming = follower
             yield from self._step(math.inf if coming is None else coming.arrival_s)
 
@@ -139,17 +140,16 @@ class SimulatedEngine:
 
     # ---- life of a request --------------------------------------------------------------------
 
-    def _arrive(self, request: SimulatedRequest) -> None:
+    def _arrive(self, request: Request) -> None:
         blocks = self.kv.blocks_of(request.prompt_tokens + request.output_tokens)
         if blocks > self.shape.device_blocks:
             raise ValueError(
-                f"request {request.request_id} needs {blocks} KV blocks, the device has "
+                f"request {request.id} needs {blocks} KV blocks, the device has "
                 f"{self.shape.device_blocks}"
             )
         job = Job(
-            request.request_id,
+            request.id,
             request.prompt_tokens,
-            request.priority,
             first_step_s=self._prefill_s(request.prompt_tokens),
             handle=LiveRequest(request),
         )
@@ -311,8 +311,8 @@ class SimulatedEngine:
             steps = min(steps, _steps_of(calm_s, first_s, growth_s))
         # Growth is a block in `block_tokens` steps for each job; short of memory, step by step.
         spare = self.kv.free_blocks - reserved - 2 * len(plan.batch)
-        grows: int = spare // len(plan.batch) * self.shape.block_tokens
-        return max(min(steps, grows), 1)
+        grows = spare // len(plan.batch) * self.shape.block_tokens
+        return int(max(min(steps, grows), 1))
 
     # ---- KV cache that moves ------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from enum import Enum
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.step_time import StepTimeModel
 from fastserve_vllm.simulator.copies import Copy, CopyChannels
-from fastserve_vllm.simulator.request import SimulatedRequest
+from fastserve_vllm.traces import Request
 
 
 class HostState(Enum):
@@ -32,7 +32,7 @@ class LiveRequest:
         host_tokens, host_blocks: what the host's copy covers and takes.
     """
 
-    request: SimulatedRequest
+    request: Request
     generated: int = 0
     computed: int = 0
     blocks: int = 0

@@ -1,31 +1,8 @@
-"""What goes into a simulation, and what comes out of it."""
+"""What comes out of a simulation."""
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class SimulatedRequest:
-    """A request whose answer's length is known to the simulation, and never to the policy (I8).
-
-    Attributes:
-        request_id: unique.
-        arrival_s: seconds since the start.
-        prompt_tokens, output_tokens: at least 1 each.
-        priority: vLLM's; smaller runs first.
-    """
-
-    request_id: str
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        if self.prompt_tokens < 1 or self.output_tokens < 1:
-            raise ValueError(
-                f"request {self.request_id}: prompt_tokens and output_tokens must be at least 1, "
-                f"got {self.prompt_tokens} and {self.output_tokens}"
-            )
+from fastserve_vllm.traces import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +15,7 @@ class ServedRequest:
         longest_gap_s: the longest time between two of its tokens; 0 for a single token.
     """
 
-    request: SimulatedRequest
+    request: Request
     first_token_s: float
     last_token_s: float
     longest_gap_s: float
@@ -52,6 +29,11 @@ class ServedRequest:
     def e2e_s(self) -> float:
         """End-to-end latency."""
         return self.last_token_s - self.request.arrival_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per output token after the first; there must be a second one."""
+        return (self.last_token_s - self.first_token_s) / (self.request.output_tokens - 1)
 
     @property
     def normalized_s(self) -> float:

@@ -1,0 +1,78 @@
+"""Whole simulations: an engine, a configuration and requests in, figures out."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastserve_vllm.config import FastServeConfig
+from fastserve_vllm.policy.base import Policy
+from fastserve_vllm.policy.step_time import StepTimeModel
+from fastserve_vllm.simulator.engine import EngineShape, SimulatedEngine
+from fastserve_vllm.simulator.figures import Figures
+from fastserve_vllm.traces import Request, TraceRow, all_present, sample_requests
+
+# Steps of the benchmarks' virtual clock: a tiny model on one CPU core. Seconds per step, prefill
+# token, decode and context token.
+VIRTUAL_STEP = (0.0014, 21e-6, 30e-6, 0.0)
+_CAPACITY_REQUESTS = 400
+
+
+def virtual_step_time() -> StepTimeModel:
+    """What steps take on the benchmarks' virtual clock."""
+    return StepTimeModel(VIRTUAL_STEP, pinned=True)
+
+
+def simulate(
+    shape: EngineShape,
+    config: FastServeConfig,
+    requests: Iterable[Request],
+    *,
+    policy: Policy | None = None,
+) -> dict[str, Any]:
+    """Serve the requests, and return the figures of the run.
+
+    Args:
+        shape: the engine.
+        config: FastServe's configuration.
+        requests: in order of arrival; read one by one.
+        policy: a policy of the caller's own.
+
+    Raises:
+        ValueError: there are no requests, or one can never fit.
+    """
+    figures = Figures()
+    engine = SimulatedEngine(shape, config, policy=policy, on_gap=figures.gap)
+    for served in engine.serve(requests):
+        figures.take(served)
+    return {**figures.document(), **_costs(engine)}
+
+
+def capacity_rps(shape: EngineShape, rows: list[TraceRow], seed: int) -> float:
+    """Requests a second of first come, first served, with all requests present at the start."""
+    count = min(_CAPACITY_REQUESTS, len(rows))
+    requests = all_present(sample_requests(rows, count, seed))
+    config = FastServeConfig(policy="fcfs", swap_mode="recompute")
+    return float(simulate(shape, config, requests)["requests_per_s"])
+
+
+def _costs(engine: SimulatedEngine) -> dict[str, Any]:
+    counters, copied = engine.planner.counters, engine.kv.counters
+    return {
+        "steps": engine.steps,
+        "step_ms": {"mean": 1000 * engine.stepping_s / engine.steps},
+        "prefill_tokens": engine.prefill_tokens,
+        "preemptions": {"paused": counters.paused, "recomputed": counters.recomputed},
+        "swaps": {
+            "outs_ahead": counters.swapped_out,
+            "outs_urgent": counters.spilled,
+            "ins_ahead": counters.swapped_in,
+            "blocks_out": copied.out,
+            "blocks_in": copied.into,
+            "first_out_copied": _share(copied.first_out_copied, copied.first_out),
+            "again_out_copied": _share(copied.later_out_copied, copied.later_out),
+            "copy_wait_share": engine.copy_wait_s / engine.stepping_s,
+        },
+    }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

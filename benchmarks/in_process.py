@@ -20,6 +20,7 @@ from benchmarks.metrics import Figures, preemption_figures, swap_figures
 from benchmarks.plan import Plan
 from benchmarks.result import RunResult, result_of
 from benchmarks.serving import Clock, Feeder, Served
+from benchmarks.step_fit import fit_steps
 from benchmarks.timeline import Timeline
 from benchmarks.virtual_clock import VirtualClock
 from benchmarks.virtual_copies import VirtualCopies, block_seconds
@@ -48,6 +49,7 @@ class _Measured:
     interference: dict[str, float]
     alone: Alone
     timeline: dict[str, list[float]]
+    machine: dict[str, Any]
 
     def result(self, plan: Plan) -> RunResult:
         records = self.served.records
@@ -74,6 +76,7 @@ class _Measured:
                 "cpu_step_ms": 1000 * self.cpu_s / steps,
                 "scheduler_step_ms": 1000 * scheduler_s / steps,
                 **self.interference,
+                **self.machine,
             },
             timeline=self.timeline,
         )
@@ -121,7 +124,17 @@ def _measure(plan: Plan) -> _Measured:
             interference=interference.figures(),
             alone=idle,
             timeline=timeline.columns(),
+            machine={} if virtual else _machine(scheduler, meter.shapes, served.step_s),
         )
+
+
+def _machine(
+    scheduler: Any, shapes: list[tuple[int, int, int]], step_s: list[float]
+) -> dict[str, Any]:
+    """What steps and copies take here, for a simulation of the same engine."""
+    exchange = getattr(scheduler, "exchange", None)
+    copies = {} if exchange is None else {"block_copy_ms": 1000 * exchange.block_s}
+    return {"step_fit": fit_steps(shapes[-len(step_s) :], step_s), **copies}
 
 
 def _virtual_time(plan: Plan, scheduler: Any) -> tuple[Clock, StepTime]:

@@ -61,6 +61,8 @@ class StepMeter:
 
     def __init__(self, scheduler: Any, step_time: StepTime) -> None:
         self.totals = StepTotals()
+        # Prefill tokens, decodes and tokens of context of every step.
+        self.shapes: list[tuple[int, int, int]] = []
         self._scheduler = scheduler
         self._time = step_time
         self._schedule = scheduler.schedule
@@ -80,6 +82,8 @@ class StepMeter:
         self.totals.scheduler_wall_s += time.perf_counter() - started
         shape = step_shape(step)
         self.totals.add(shape)
+        context = sum(step.scheduled_cached_reqs.num_computed_tokens)
+        self.shapes.append((shape.prefill_tokens, shape.decodes, context))
         self._time.scheduled(step, shape)
         return step
 

@@ -26,7 +26,7 @@ class RunResult:
     request_digests: Mapping[str, str] = field(repr=False)
     counters: Mapping[str, Any] = field(default_factory=dict)
     # What depends on the machine's speed, kept apart for runs on the virtual clock.
-    wall: Mapping[str, float] = field(default_factory=dict)
+    wall: Mapping[str, Any] = field(default_factory=dict)
     # A request alone on this engine, where that was measured.
     alone: Alone | None = None
     # Columns of samples over the run, where there are any.
@@ -40,7 +40,7 @@ def result_of(
     *,
     figures: Figures,
     counters: Mapping[str, Any],
-    wall: Mapping[str, float],
+    wall: Mapping[str, Any],
     timeline: Mapping[str, Sequence[float]] | None = None,
 ) -> RunResult:
     """Condense a plan's records; `figures` are those that do not follow from records.

@@ -93,6 +93,16 @@ SYSTEMS: dict[str, System] = {
         System("mlfq", "FastServe without skip-join", fastserve={"policy": "mlfq"}),
         System("fastserve", "FastServe as it comes", fastserve={}),
         System(
+            "fastserve-smooth",
+            "FastServe, the gap between two tokens bounded for everybody",
+            fastserve={"objective": "smooth"},
+        ),
+        System(
+            "fastserve-paper",
+            "FastServe as the paper has it: endless ladder, absolute ageing",
+            fastserve={"objective": "paper"},
+        ),
+        System(
             "fastserve-reactive",
             "FastServe, KV cache swapped only when room is needed at once",
             fastserve={"swap_mode": "reactive"},

@@ -102,13 +102,13 @@ class KvExchange:
         """Seconds of copying to the host what it lacks of the job's KV cache."""
         request: Request = job.handle
         missing = self._blocks_of(request.num_computed_tokens) - self._saved_blocks(request)
-        return max(missing, 0) * self._block_s
+        return max(missing, 0) * self.block_s
 
     def in_s(self, job: Job) -> float:
         """Seconds of copying the job's KV cache to the device."""
         request: Request = job.handle
         tokens = request.num_computed_tokens or self.manager.tokens(request.request_id)
-        return self._blocks_of(tokens) * self._block_s
+        return self._blocks_of(tokens) * self.block_s
 
     def unsaved_blocks(self, job: Job) -> int:
         """Full device blocks of the job that the host lacks; 0 while some are on their way."""
@@ -125,7 +125,8 @@ class KvExchange:
         return resting and request.request_id not in self._failed
 
     @property
-    def _block_s(self) -> float:
+    def block_s(self) -> float:
+        """Seconds of copying a block one way, by the measured bandwidth."""
         return self._block_bytes / self.bandwidth.bytes_per_s
 
     def _blocks_of(self, tokens: int) -> int:

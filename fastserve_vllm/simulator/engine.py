@@ -7,7 +7,6 @@ simulation follows the events and not the tokens.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.policy.base import Policy
@@ -20,38 +19,8 @@ from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
 from fastserve_vllm.simulator.copies import Copy, CopyChannels
 from fastserve_vllm.simulator.kv_cache import HostState, KvCache, LiveRequest
 from fastserve_vllm.simulator.served import ServedRequest
+from fastserve_vllm.simulator.shape import EngineShape
 from fastserve_vllm.traces import Request
-
-
-@dataclass(frozen=True, slots=True)
-class EngineShape:
-    """The engine that is simulated.
-
-    Attributes:
-        batch_limit: most requests in a step.
-        token_budget: most tokens in a step; a longer prompt is prefilled in chunks.
-        device_blocks, block_tokens: KV blocks of the device, and tokens that one holds.
-        host_blocks: KV blocks of the host.
-        step_time: what steps really take.
-        block_copy_s: seconds that a channel takes to copy a block.
-    """
-
-    batch_limit: int
-    token_budget: int
-    device_blocks: int
-    block_tokens: int
-    host_blocks: int
-    step_time: StepTimeModel
-    block_copy_s: float
-
-    def __post_init__(self) -> None:
-        for name in ("batch_limit", "token_budget", "device_blocks", "block_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.host_blocks < 0:
-            raise ValueError(f"host_blocks must be at least 0, got {self.host_blocks}")
-        if not (math.isfinite(self.block_copy_s) and self.block_copy_s >= 0):
-            raise ValueError(f"block_copy_s must be finite and at least 0, got {self.block_copy_s}")
 
 
 class SimulatedEngine:
@@ -104,7 +73,7 @@ class SimulatedEngine:
             self.kv if swaps else None,
             shape.device_blocks if ahead else None,
         )
-        self._waiting_s = 0.0
+        self._ended_s = -1.0
         self._uncharged_s = 0.0
         self._uncharged_steps = 0
 
@@ -262,6 +231,9 @@ class SimulatedEngine:
         """The batch has computed: allocate, count tokens and gaps, and finish who is done."""
         finished = []
         kv, block_tokens, now_s = self.kv, self.shape.block_tokens, self.now_s
+        # Those who ran in the step before have the same gap.
+        before_s, self._ended_s = self._ended_s, now_s
+        unbroken = 0
         for job, tokens in zip(plan.batch, counts, strict=True):
             live: LiveRequest = job.handle
             live.entered = True
@@ -275,8 +247,12 @@ class SimulatedEngine:
             live.generated += steps
             if live.generated > steps or live.first_token_s >= 0.0:
                 gap_s = first_end_s - live.last_token_s
-                self._on_gap(gap_s, 1)
-                live.longest_gap_s = max(live.longest_gap_s, gap_s, last_step_s)
+                if live.last_token_s == before_s:
+                    unbroken += 1
+                else:
+                    self._on_gap(gap_s, 1)
+                if gap_s > live.longest_gap_s or last_step_s > live.longest_gap_s:
+                    live.longest_gap_s = max(gap_s, last_step_s)
             else:
                 live.first_token_s = first_end_s
                 if steps > 1:
@@ -284,6 +260,8 @@ class SimulatedEngine:
             live.last_token_s = now_s
             if live.generated >= live.request.output_tokens:
                 finished.append(self._finish(job))
+        if unbroken:
+            self._on_gap(first_end_s - before_s, unbroken)
         return finished
 
     def _finish(self, job: Job) -> ServedRequest:

@@ -6,8 +6,9 @@ from typing import Any
 from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.step_time import StepTimeModel
-from fastserve_vllm.simulator.engine import EngineShape, SimulatedEngine
+from fastserve_vllm.simulator.engine import SimulatedEngine
 from fastserve_vllm.simulator.figures import Figures
+from fastserve_vllm.simulator.shape import EngineShape
 from fastserve_vllm.traces import Request, TraceRow, all_present, sample_requests
 
 # Steps of the benchmarks' virtual clock: a tiny model on one CPU core. Seconds per step, prefill

@@ -283,9 +283,9 @@ STEPS: tuple[Metric, ...] = (
         "scheduler_seconds",
         _C,
         "seconds",
-        "FastServe's own time, beside vLLM's scheduling: charging and promoting (observe), choosing "
-        "(plan), carrying out (apply), following vLLM (follow), the step-time model (measure), "
-        "finished copies (copies).",
+        "FastServe's own time, beside vLLM's scheduling: charging and promoting (observe), "
+        "choosing (plan), carrying out (apply), following vLLM (follow), the step-time model "
+        "(measure), finished copies (copies).",
         (Label("phase", PHASES),),
     ),
 )

@@ -2,12 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from fastserve_vllm.kv_swap.exchange import KvExchange
-from fastserve_vllm.metrics import BY_NAME, PHASES, PREEMPTION_CAUSES, PREEMPTION_MODES, Distribution
+from fastserve_vllm.metrics import (
+    BY_NAME,
+    PHASES,
+    PREEMPTION_CAUSES,
+    PREEMPTION_MODES,
+    Distribution,
+)
 from fastserve_vllm.policy.job import JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.plan import StepPlan, StepPlanner
@@ -53,7 +59,9 @@ class Reporter:
         self.predicted_step_s = 0.0
         self.tokens = {"prefill": 0, "decode": 0}
         self.recomputed_tokens = 0
-        self._waits = [_distribution("queue_wait_seconds") for _ in range(planner.policy.num_levels)]
+        self._waits = [
+            _distribution("queue_wait_seconds") for _ in range(planner.policy.num_levels)
+        ]
         self._steps = _distribution("step_seconds")
         self._ratios = _distribution("prediction_ratio")
         self._sizes = _distribution("batch_requests")
@@ -100,8 +108,8 @@ class Reporter:
         totals: dict[str, Any] = {
             "started": counters.started,
             "preemptions": {key: counters.preempted.get(key, 0) for key in _PREEMPTIONS},
-            "joins": _by_level(counters.joined),
-            "demotions": _by_level(counters.demoted),
+            "joins": _by_level(counters.joined.values()),
+            "demotions": _by_level(counters.demoted.values()),
             "declined": declined,
             "recomputed_tokens": self.recomputed_tokens,
             "predicted_step_seconds": self.predicted_step_s,
@@ -186,7 +194,7 @@ def _distribution(name: str) -> Distribution:
     return Distribution(BY_NAME[name].buckets)
 
 
-def _by_level(figures: list[int]) -> dict[str, int]:
+def _by_level(figures: Iterable[int]) -> dict[str, int]:
     return {str(level): figure for level, figure in enumerate(figures)}
 
 

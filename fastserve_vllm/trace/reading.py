@@ -119,6 +119,7 @@ def read_trace(path: Path) -> Trace:
 
     Raises:
         TraceError: it is no trace.
+        OSError: it cannot be read.
     """
     header: dict[str, Any] | None = None
     builder = _Builder()
@@ -138,12 +139,9 @@ def read_trace(path: Path) -> Trace:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     older = [Path(f"{path}.{number}") for number in range(BACKUPS, 0, -1)]
     for part in [*(file for file in older if file.exists()), path]:
-        try:
-            with part.open(encoding="utf-8") as lines:
-                for number, text in enumerate(lines, 1):
-                    yield _parse(text, part, number)
-        except OSError as error:
-            raise TraceError(f"{part} cannot be read: {error.strerror}") from None
+        with part.open(encoding="utf-8") as lines:
+            for number, text in enumerate(lines, 1):
+                yield _parse(text, part, number)
 
 
 def _parse(text: str, part: Path, number: int) -> dict[str, Any]:

@@ -90,11 +90,15 @@ class _Handler(RotatingFileHandler):
         self._header = header
         super().__init__(path, maxBytes=max_bytes, backupCount=BACKUPS, encoding="utf-8")
         self.setFormatter(logging.Formatter("%(message)s"))
-        self.stream.write(header + "\n")
+        self._begin()
 
     def doRollover(self) -> None:  # noqa: N802
         """As the library's."""
         super().doRollover()
+        self._begin()
+
+    def _begin(self) -> None:
+        assert self.stream is not None
         self.stream.write(self._header + "\n")
 
 

@@ -1,4 +1,4 @@
-"""PromQL over the metric catalogue: a name that it lacks, or a label that is not the metric's, raises."""
+"""PromQL over the metric catalogue: what it does not know, a name or a label, raises."""
 
 from __future__ import annotations
 

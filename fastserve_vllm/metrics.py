@@ -137,6 +137,17 @@ LEVEL = Label("level")
 DIRECTION = Label("direction", ("out", "in"))
 PREEMPTION_MODES = ("paused", "swapped_out", "spilled", "recomputed")
 PREEMPTION_CAUSES = ("order", "memory", "host", "copy_failed")
+PREEMPTIONS = (
+    "paused,order",
+    "paused,host",
+    "swapped_out,memory",
+    "spilled,memory",
+    "spilled,host",
+    "recomputed,memory",
+    "recomputed,host",
+    "recomputed,copy_failed",
+)
+"""The pairs of both that occur."""
 PHASES = ("observe", "plan", "apply", "follow", "measure", "copies")
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -213,7 +224,8 @@ TURNS: tuple[Metric, ...] = (
         "recomputed_tokens",
         _C,
         "tokens",
-        "Computed tokens whose KV cache was given up: they are computed again.",
+        "Computed tokens whose KV cache was given up: they are computed again, but for what the "
+        "prefix cache still holds then.",
     ),
 )
 

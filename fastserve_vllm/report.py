@@ -2,30 +2,27 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from itertools import product
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastserve_vllm.kv_swap.exchange import KvExchange
 from fastserve_vllm.metrics import (
     BY_NAME,
     PHASES,
-    PREEMPTION_CAUSES,
-    PREEMPTION_MODES,
+    PREEMPTIONS,
     Distribution,
 )
 from fastserve_vllm.policy.job import JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
-from fastserve_vllm.policy.step_time import StepShape
+from fastserve_vllm.policy.step_plan import StepPlan
+from fastserve_vllm.step_timer import EndedStep
 
 if TYPE_CHECKING:
-    from vllm.v1.core.block_pool import BlockPool
+    from fastserve_vllm.scheduler import FastServeScheduler
 
 _PERIOD_S = 0.2
 # The longest wait is looked for among all that wait, thousands perhaps: not so often.
 _SLOW_PERIOD_S = 1.0
-_PREEMPTIONS = tuple(",".join(pair) for pair in product(PREEMPTION_MODES, PREEMPTION_CAUSES))
 _DECLINES = ("tokens", "adapters", "memory")
 
 
@@ -33,34 +30,23 @@ class Reporter:
     """Turns what happened into reports: increases of totals, new observations, current values.
 
     Args:
-        planner: counts what it decides.
-        blocks: the device's KV blocks.
-        exchange: counts what moves; None: nothing does.
-        batch_limit: most requests of a step.
-        clock: the scheduler's.
+        scheduler: what it holds counts what it does. Its planner, demand and exchange exist.
     """
 
-    def __init__(
-        self,
-        planner: StepPlanner,
-        blocks: "BlockPool",
-        exchange: KvExchange | None,
-        batch_limit: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self._planner = planner
-        self._blocks = blocks
-        self._exchange = exchange
-        self._batch_limit = batch_limit
-        self._clock = clock
+    def __init__(self, scheduler: "FastServeScheduler") -> None:
+        self._planner = scheduler.planner
+        self._demand = scheduler.demand
+        self._blocks = scheduler.kv_cache_manager.block_pool
+        self._exchange = scheduler.exchange
+        self._batch_limit = scheduler.max_num_active_reqs
+        self._clock = scheduler.clock
         self._reported: dict[str, Any] = {}
         self._next_s = self._next_slow_s = 0.0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.predicted_step_s = 0.0
         self.tokens = {"prefill": 0, "decode": 0}
-        self.recomputed_tokens = 0
         self._waits = [
-            _distribution("queue_wait_seconds") for _ in range(planner.policy.num_levels)
+            _distribution("queue_wait_seconds") for _ in range(self._planner.policy.num_levels)
         ]
         self._steps = _distribution("step_seconds")
         self._ratios = _distribution("prediction_ratio")
@@ -76,15 +62,15 @@ class Reporter:
         for job in plan.started:
             self._waits[job.level].observe(now_s - job.waiting_since_s)
 
-    def step(self, shape: StepShape, requests: int, predicted_s: float, actual_s: float) -> None:
+    def step(self, step: EndedStep) -> None:
         """Note a step that ended."""
-        self.predicted_step_s += predicted_s
-        self.tokens["prefill"] += shape.prefill_tokens
-        self.tokens["decode"] += shape.decodes
-        self._steps.observe(actual_s)
-        self._sizes.observe(requests)
-        if actual_s > 0:
-            self._ratios.observe(predicted_s / actual_s)
+        self.predicted_step_s += step.predicted_s
+        self.tokens["prefill"] += step.shape.prefill_tokens
+        self.tokens["decode"] += step.shape.decodes
+        self._steps.observe(step.actual_s)
+        self._sizes.observe(step.requests)
+        if step.actual_s > 0:
+            self._ratios.observe(step.predicted_s / step.actual_s)
 
     def take(self) -> dict[str, Any] | None:
         """The next report; None if the last one is recent and the engine has not run dry."""
@@ -107,11 +93,11 @@ class Reporter:
         declined = {reason: counters.declined.get(reason, 0) for reason in _DECLINES}
         totals: dict[str, Any] = {
             "started": counters.started,
-            "preemptions": {key: counters.preempted.get(key, 0) for key in _PREEMPTIONS},
+            "preemptions": {key: counters.preempted.get(key, 0) for key in PREEMPTIONS},
             "joins": _by_level(counters.joined.values()),
             "demotions": _by_level(counters.demoted.values()),
             "declined": declined,
-            "recomputed_tokens": self.recomputed_tokens,
+            "recomputed_tokens": self._demand.lost_tokens,
             "predicted_step_seconds": self.predicted_step_s,
             "batch_tokens": dict(self.tokens),
             "scheduler_seconds": dict(self.seconds),

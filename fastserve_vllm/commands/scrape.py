@@ -88,7 +88,9 @@ def read(url: str, timeout_s: float = 5.0) -> Reading:
         raise NotServedError(f"{address} does not answer: {error}") from None
     reading = parse(text, time.monotonic())
     if not reading.series.get(BY_NAME["jobs"].sample_name):
-        raise NotServedError(f"{address} shows nothing of FastServe's: was anything served with it yet?")
+        raise NotServedError(
+            f"{address} shows nothing of FastServe's: was anything served with it yet?"
+        )
     return reading
 
 

@@ -84,14 +84,14 @@ class FastServePromMetrics(KVConnectorPromMetrics):
                 self._start_at_zero(metric)
 
     def _start_at_zero(self, metric: Metric) -> None:
-        """Let every series exist from the start: a rate misses what one jumps to when it appears.
+        """Let series exist from the start: a rate misses what one jumps to when it appears.
 
-        Series of levels come with the first report.
+        Those of levels, and of two labels, come with the first report.
         """
-        values = [label.values for label in metric.labels]
-        for engine_idx in self.per_engine_labelvalues:
-            for labels in product(*values):
-                self._child(metric.name, engine_idx, list(labels))
+        series = [[]] if not metric.labels else [[value] for value in metric.labels[0].values]
+        if len(metric.labels) < 2:
+            for engine_idx, labels in product(self.per_engine_labelvalues, series):
+                self._child(metric.name, engine_idx, labels)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Record one report of one engine."""

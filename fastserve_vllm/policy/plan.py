@@ -41,7 +41,7 @@ class StepPlanner:
         self.policy = policy
         self.demand = demand
         self.swap = swap
-        self.counters = StepCounters()
+        self.counters = StepCounters.of(policy.num_levels)
         self._roster = roster = Roster()
         # Running jobs whose key changed since the last plan.
         self._moved: set[Job] = set()
@@ -76,6 +76,11 @@ class StepPlanner:
         """Jobs that have a place on the device, in the batch or not."""
         return self._roster.num_residents
 
+    @property
+    def leaving_blocks(self) -> int:
+        """Device blocks that come free with copies to the host that are under way."""
+        return sum(self._roster.leaving.values())
+
     def state_counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
         return self._roster.counts()
@@ -106,15 +111,17 @@ class StepPlanner:
         """What the job waited for has come: it joins as on arrival."""
         self._join(job, now_s)
 
-    def evict(self, job: Job, now_s: float, *, spilled: bool = False) -> None:
+    def evict(self, job: Job, now_s: float, *, spilled: bool = False, cause: str = "host") -> None:
         """The job's device blocks are gone; it keeps its place in the order.
 
         Args:
             job: in whatever state.
             now_s: the time.
             spilled: its KV cache is on the host; otherwise it starts over.
+            cause: of the preemption, if it runs; see `StepCounters`.
         """
         if job.state is JobState.RUNNING:
+            self.counters.preempt("spilled" if spilled else "recomputed", cause)
             self.policy.stop(job, now_s)
         self._roster.take(job)
         if spilled:
@@ -143,22 +150,33 @@ class StepPlanner:
         if job.state is JobState.RUNNING:
             self._roster.take(job)
             self._pause(job, now_s)
+            self.counters.preempt("paused", "host")
 
-    def observe(self, step_s: float, now_s: float, steps: int = 1) -> None:
+    def observe(
+        self, step_s: float, now_s: float, steps: int = 1
+    ) -> tuple[Sequence[Job], Sequence[Job]]:
         """Charge `step_s` seconds to the running jobs; demote and promote.
 
         Args:
             step_s: seconds that the last steps took.
             now_s: the time.
             steps: how many there were, all with the same batch; only in a simulation more than one.
+
+        Returns:
+            The jobs that were demoted, and those that were promoted.
         """
-        self._moved.update(self.policy.charge(step_s))
+        demoted = self.policy.charge(step_s)
+        self._moved.update(demoted)
+        for job in demoted:
+            self.counters.demoted[job.level - 1] += 1
         if steps > 1 and self.ahead is not None:
             self.ahead.skip(steps - 1)
-        for job in self.policy.promote_starved(now_s):
+        promoted = self.policy.promote_starved(now_s)
+        for job in promoted:
             reposition(job)
             if job.state is JobState.PAUSED and self.ahead is not None:
                 self.ahead.paused(job)
+        return demoted, promoted
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
@@ -175,7 +193,7 @@ class StepPlanner:
             candidates = sorted([*self._roster.running, *left], key=_by_key)
             return self._fit(candidates, held, limits, now_s)
         if joined or left or held:
-            self.counters.paused += len(left)
+            self.counters.pause(len(left))
             # First to run first: who has waited equally long is promoted in this order.
             outside = [*reversed(left), *held]
             left += [job for job in held if job.state is JobState.RUNNING]
@@ -194,6 +212,7 @@ class StepPlanner:
 
     def _join(self, job: Job, now_s: float) -> None:
         self.policy.join(job, now_s)
+        self.counters.joined[job.level] += 1
         if self.ahead is not None:
             self.ahead.arrived(job.next_tokens)
         self._requeue(job)
@@ -270,7 +289,7 @@ class StepPlanner:
             self._give_up(job, now_s, spilled=job in spilled)
         left = [job for job in (*walk.passed, *held) if job not in victims]
         paused = [job for job in left if job.state is JobState.RUNNING]
-        self.counters.paused += len(paused) - sum(job.state is JobState.RUNNING for job in held)
+        self.counters.pause(len(paused) - sum(job.state is JobState.RUNNING for job in held))
         started = [job for job in chosen if job.state is not JobState.RUNNING]
         self._put_back(left, now_s)
         self._roster.running = chosen.copy()
@@ -319,6 +338,8 @@ class StepPlanner:
         """Take those who leave the device out of the batch."""
         gone = {*decision.swapped_out, *decision.dropped}
         for job in decision.swapped_out:
+            if job.state is JobState.RUNNING:
+                self.counters.preempt("swapped_out", "memory")
             self._depart(job, now_s)
             # None is not possible: such a job does not leave.
             self._roster.send_out(job, self.demand.freed_blocks(job) or 0)
@@ -370,6 +391,8 @@ class StepPlanner:
             self._roster.swap(job)
 
     def _give_up(self, job: Job, now_s: float, *, spilled: bool) -> None:
+        if job.state is JobState.RUNNING:
+            self.counters.preempt("spilled" if spilled else "recomputed", "memory")
         self._depart(job, now_s)
         self.counters.spilled += spilled
         self.counters.recomputed += not spilled

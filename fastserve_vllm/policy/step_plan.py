@@ -34,7 +34,16 @@ class StepPlan(NamedTuple):
 
 @dataclass(slots=True)
 class StepCounters:
-    """Arrows taken so far, by name."""
+    """Arrows taken so far, by name.
+
+    Attributes:
+        joined: jobs that joined a queue, by entry level.
+        demoted: moves down, by the level that was left.
+        preempted: running jobs that left the batch, by "mode,cause": what becomes of the KV
+            cache (`paused`, `swapped_out`, `spilled`, `recomputed`), and why (another was before
+            it in the `order`, `memory` was short, the `host` did it, `copy_failed`).
+        declined: batch places declined, by reason.
+    """
 
     started: int = 0
     paused: int = 0
@@ -44,4 +53,24 @@ class StepCounters:
     swapped_in: int = 0
     saved: int = 0
     finished: int = 0
+    joined: dict[int, int] = field(default_factory=dict)
+    demoted: dict[int, int] = field(default_factory=dict)
+    preempted: dict[str, int] = field(default_factory=dict)
     declined: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, num_levels: int) -> "StepCounters":
+        """Nothing was counted yet."""
+        levels = range(num_levels)
+        return cls(joined=dict.fromkeys(levels, 0), demoted=dict.fromkeys(levels, 0))
+
+    def pause(self, times: int) -> None:
+        """So many running jobs gave way to others, and kept their KV cache on the device."""
+        self.paused += times
+        if times:
+            self.preempt("paused", "order", times)
+
+    def preempt(self, mode: str, cause: str, times: int = 1) -> None:
+        """Running jobs left the batch."""
+        key = f"{mode},{cause}"
+        self.preempted[key] = self.preempted.get(key, 0) + times

@@ -5,7 +5,8 @@ from typing import Any
 
 from fastserve_vllm.policy.budget import StepLimits
 from fastserve_vllm.policy.job import Job
-from fastserve_vllm.policy.plan import StepPlan, StepPlanner
+from fastserve_vllm.policy.plan import StepPlanner
+from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.trace.trace_file import Event, TraceFile
 
 

@@ -140,9 +140,11 @@ PREEMPTION_CAUSES = ("order", "memory", "host", "copy_failed")
 PREEMPTIONS = (
     "paused,order",
     "paused,host",
+    "swapped_out,order",
     "swapped_out,memory",
     "spilled,memory",
     "spilled,host",
+    "recomputed,order",
     "recomputed,memory",
     "recomputed,host",
     "recomputed,copy_failed",

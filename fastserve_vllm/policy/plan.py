@@ -286,6 +286,8 @@ class StepPlanner:
         victims, partial = walk.budget.victims, walk.budget.partial
         spilled = [job for job in victims if self._spills(job)]
         for job in victims:
+            if job.state is JobState.RUNNING:
+                self.counters.preempt("spilled" if job in spilled else "recomputed", "memory")
             self._give_up(job, now_s, spilled=job in spilled)
         left = [job for job in (*walk.passed, *held) if job not in victims]
         paused = [job for job in left if job.state is JobState.RUNNING]
@@ -338,13 +340,13 @@ class StepPlanner:
         """Take those who leave the device out of the batch."""
         gone = {*decision.swapped_out, *decision.dropped}
         for job in decision.swapped_out:
-            if job.state is JobState.RUNNING:
-                self.counters.preempt("swapped_out", "memory")
+            self.counters.send_away(job, plan, "swapped_out")
             self._depart(job, now_s)
             # None is not possible: such a job does not leave.
             self._roster.send_out(job, self.demand.freed_blocks(job) or 0)
         self.counters.swapped_out += len(decision.swapped_out)
         for job in decision.dropped:
+            self.counters.send_away(job, plan, "recomputed")
             self._give_up(job, now_s, spilled=False)
         self._roster.running = [job for job in self._roster.running if job not in gone]
         return plan._replace(
@@ -391,8 +393,6 @@ class StepPlanner:
             self._roster.swap(job)
 
     def _give_up(self, job: Job, now_s: float, *, spilled: bool) -> None:
-        if job.state is JobState.RUNNING:
-            self.counters.preempt("spilled" if spilled else "recomputed", "memory")
         self._depart(job, now_s)
         self.counters.spilled += spilled
         self.counters.recomputed += not spilled

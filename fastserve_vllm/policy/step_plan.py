@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastserve_vllm.policy.job import Job
+from fastserve_vllm.policy.job import Job, JobState
 
 
 class StepPlan(NamedTuple):
@@ -69,6 +69,19 @@ class StepCounters:
         self.paused += times
         if times:
             self.preempt("paused", "order", times)
+
+    def send_away(self, job: Job, plan: StepPlan, mode: str) -> None:
+        """A job leaves the device, to which the plan meant to give a turn or a pause, or nothing.
+
+        To be called before its state changes.
+        """
+        if job in plan.started:
+            self.started -= 1
+        elif job in plan.paused:
+            self.preempt("paused", "order", -1)
+            self.preempt(mode, "order")
+        elif job.state is JobState.RUNNING:
+            self.preempt(mode, "memory")
 
     def preempt(self, mode: str, cause: str, times: int = 1) -> None:
         """Running jobs left the batch."""

@@ -14,7 +14,6 @@ from fastserve_vllm.metrics import (
     Kind,
     Metric,
 )
-
 from scripts.dashboards import files
 from scripts.dashboards.alerts import ALERTS
 from scripts.dashboards.panels import ROWS

@@ -1,7 +1,6 @@
 """Gathers the catalogue's figures, a few times a second at most."""
 
 import math
-import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ class Reporter:
         self._batch_limit = scheduler.max_num_active_reqs
         self._clock = scheduler.clock
         self._reported: dict[str, Any] = {}
-        self._next_s = self._next_slow_s = 0.0
+        self._next_s = self._next_slow_s = float("-inf")
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.predicted_step_s = 0.0
         self.tokens = {"prefill": 0, "decode": 0}
@@ -74,7 +73,7 @@ class Reporter:
 
     def take(self) -> dict[str, Any] | None:
         """The next report; None if the last one is recent and the engine has not run dry."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         dry = not len(self._planner)
         if now_s < self._next_s and not dry:
             return None
@@ -85,7 +84,7 @@ class Reporter:
         report |= {**self._observations(), **self._gauges()}
         if dry or now_s >= self._next_slow_s:
             self._next_slow_s = now_s + _SLOW_PERIOD_S
-            report["longest_wait_seconds"] = self._longest_waits()
+            report["longest_wait_seconds"] = self._longest_waits(now_s)
         return report
 
     def _totals(self) -> dict[str, Any]:
@@ -165,9 +164,8 @@ class Reporter:
             "in_flight_blocks": manager.in_flight_blocks(),
         }
 
-    def _longest_waits(self) -> dict[str, float]:
+    def _longest_waits(self, now_s: float) -> dict[str, float]:
         """By level; 0 where nobody waits."""
-        now_s = self._clock()
         since_s = [now_s] * self._planner.policy.num_levels
         idle = (JobState.RUNNING, JobState.BLOCKED)
         for job in self._planner.jobs:

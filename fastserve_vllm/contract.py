@@ -156,6 +156,8 @@ CONTRACT: tuple[Seam, ...] = (
         ),
     ),
     Seam("vllm.v1.core.block_pool:BlockPool", "leave the null block alone", sets=("null_block",)),
+    Seam("vllm.v1.core.block_pool:BlockPool", "count blocks", sets=("num_gpu_blocks",)),
+    Seam("vllm.config:ParallelConfig.data_parallel_size", "name an engine's trace file"),
     Seam("vllm.config:ParallelConfig.world_size", "count the workers that report a copy"),
     Seam(
         "vllm.v1.outputs:KVConnectorOutput",

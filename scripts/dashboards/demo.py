@@ -18,7 +18,8 @@ from scripts.dashboards.files import ROOT
 from scripts.dashboards.live import Load, binary, running_prometheus
 
 _PROMETHEUS_PORT = 9090
-_SMALL = "--max-num-seqs 6 --num-gpu-blocks-override 80 --max-model-len 1024 --block-size 32".split()
+_SMALL = ["--max-num-seqs", "6", "--num-gpu-blocks-override", "80"]
+_SMALL += ["--max-model-len", "1024", "--block-size", "32"]
 
 
 def main() -> int:

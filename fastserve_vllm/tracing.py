@@ -1,5 +1,6 @@
-"""The planner of a live engine: one that writes a trace where the configuration names a file."""
+"""The planner of a live engine: one that tells what it does where somebody wants to know."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from fastserve_vllm.config import ConfigError
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.job import Job
 from fastserve_vllm.policy.plan import StepPlanner
-from fastserve_vllm.trace.recorder import RecordedPlanner
+from fastserve_vllm.spans import SpanSink
+from fastserve_vllm.trace.recorder import RecordedPlanner, Sink
 from fastserve_vllm.trace.trace_file import TraceFile
 
 if TYPE_CHECKING:
@@ -26,22 +28,10 @@ def make_planner(
     Raises:
         ConfigError: the trace file cannot be written.
     """
-    config, demand, exchange = scheduler.fastserve_config, scheduler.demand, scheduler.exchange
-    if config.trace_file is None:
+    demand, exchange = scheduler.demand, scheduler.exchange
+    sinks = list(_sinks(scheduler))
+    if not sinks:
         return StepPlanner(policy, demand, exchange, device_blocks)
-    about: dict[str, Any] = {
-        "policy": config.policy,
-        "batch_limit": scheduler.max_num_active_reqs,
-        "device_blocks": scheduler.kv_cache_config.num_blocks,
-        "block_tokens": scheduler.block_size,
-        "swap_mode": config.swap_mode,
-    }
-    try:
-        trace = TraceFile(
-            _own_path(config.trace_file, scheduler.vllm_config.parallel_config), about
-        )
-    except OSError as error:
-        raise ConfigError(f"fastserve_config.trace_file: {error}") from None
     tables = scheduler.kv_cache_manager
 
     def blocks(job: Job) -> int:
@@ -52,7 +42,7 @@ def make_planner(
         demand,
         exchange,
         device_blocks,
-        trace=trace,
+        sinks=sinks,
         blocks=blocks,
         outcome=_outcome,
         clock=scheduler.clock,
@@ -62,7 +52,29 @@ def make_planner(
 def close_trace(planner: StepPlanner) -> None:
     """Write what is pending."""
     if isinstance(planner, RecordedPlanner):
-        planner.trace.close()
+        for sink in planner.sinks:
+            sink.close()
+
+
+def _sinks(scheduler: "FastServeScheduler") -> Iterator[Sink]:
+    config, vllm_config = scheduler.fastserve_config, scheduler.vllm_config
+    if config.trace_file is not None:
+        about: dict[str, Any] = {
+            "policy": config.policy,
+            "batch_limit": scheduler.max_num_active_reqs,
+            "device_blocks": scheduler.kv_cache_config.num_blocks,
+            "block_tokens": scheduler.block_size,
+            "swap_mode": config.swap_mode,
+        }
+        path = _own_path(config.trace_file, vllm_config.parallel_config)
+        try:
+            yield TraceFile(path, about)
+        except OSError as error:
+            raise ConfigError(f"fastserve_config.trace_file: {error}") from None
+    if vllm_config.observability_config.otlp_traces_endpoint is not None:
+        from opentelemetry import trace
+
+        yield SpanSink(trace.get_tracer("fastserve_vllm"), scheduler.clock)
 
 
 def _outcome(job: Job) -> str:

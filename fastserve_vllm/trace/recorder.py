@@ -1,13 +1,33 @@
 """A planner that writes down what it decides and what it is told."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fastserve_vllm.policy.budget import StepLimits
 from fastserve_vllm.policy.job import Job
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_plan import StepPlan
-from fastserve_vllm.trace.trace_file import Event, TraceFile
+from fastserve_vllm.trace.trace_file import Event
+
+
+class Sink(Protocol):
+    """What becomes of events."""
+
+    def add(self, event: Event, handle: Any) -> None:
+        """Note an event of the job whose handle this is."""
+        ...
+
+    def step(self, now_s: float) -> None:
+        """A step was planned."""
+        ...
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        ...
+
+    def close(self) -> None:
+        """There will be no more."""
+        ...
 
 
 class RecordedPlanner(StepPlanner):
@@ -15,7 +35,7 @@ class RecordedPlanner(StepPlanner):
 
     Args:
         args, kwargs: as for `StepPlanner`.
-        trace: where to write.
+        sinks: where to write.
         blocks: KV blocks that a job holds on the device.
         outcome: why a job that is removed has ended.
         clock: the scheduler's; for what happens between plans.
@@ -24,14 +44,14 @@ class RecordedPlanner(StepPlanner):
     def __init__(
         self,
         *args: Any,
-        trace: TraceFile,
+        sinks: Sequence[Sink],
         blocks: Callable[[Job], int],
         outcome: Callable[[Job], str],
         clock: Callable[[], float],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.trace = trace
+        self.sinks = sinks
         self._blocks = blocks
         self._outcome = outcome
         self._clock = clock
@@ -55,7 +75,8 @@ class RecordedPlanner(StepPlanner):
         self._prefilling.pop(job, None)
         self._write(job, "finished", self._outcome(job), self._clock())
         if not len(self):
-            self.trace.flush()
+            for sink in self.sinks:
+                sink.flush()
 
     def block(self, job: Job) -> None:
         """As the planner's."""
@@ -115,7 +136,8 @@ class RecordedPlanner(StepPlanner):
             if more:
                 self._prefilling[job] = None
             self._write(job, job.state.value, "turn", now_s, more)
-        self.trace.step(now_s)
+        for sink in self.sinks:
+            sink.step(now_s)
         return plan
 
     def _note_decoding(self, decode_tokens: int, now_s: float) -> None:
@@ -133,6 +155,6 @@ class RecordedPlanner(StepPlanner):
 
     def _write(self, job: Job, state: str, reason: str, now_s: float, tokens: int = 0) -> None:
         blocks = self._blocks(job)
-        self.trace.add(
-            Event(now_s, self._step, job.job_id, state, job.level, reason, blocks, tokens)
-        )
+        event = Event(now_s, self._step, job.job_id, state, job.level, reason, blocks, tokens)
+        for sink in self.sinks:
+            sink.add(event, job.handle)

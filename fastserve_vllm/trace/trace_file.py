@@ -59,7 +59,7 @@ class TraceFile:
         self._pending: list[Event] = []
         self._written_s = 0.0
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Event, handle: Any = None) -> None:
         """Note an event."""
         self._pending.append(event)
 

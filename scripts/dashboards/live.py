@@ -99,8 +99,13 @@ class Load:
             threading.Thread(target=self._client, args=(seed,), daemon=True)
             for seed in range(clients)
         ]
-        self.served = 0
+        self.ids: list[str] = []
         self.errors: list[str] = []
+
+    @property
+    def served(self) -> int:
+        """Requests that were answered."""
+        return len(self.ids)
 
     def start(self) -> None:
         """Begin to ask."""
@@ -122,17 +127,17 @@ class Load:
             self.errors.append(str(error))
 
     def _ask(self, rng: random.Random) -> None:
-        prompt, answer = (rng.randint(most // 8, most) for most in self._tokens)
+        prompt, tokens = (rng.randint(most // 8, most) for most in self._tokens)
         body = {
             "model": self._model,
             "prompt": [rng.randint(10, 200) for _ in range(prompt)],
-            "max_tokens": answer,
+            "max_tokens": tokens,
             "ignore_eos": True,
             "temperature": 0,
         }
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=120) as response:
-            response.read()
+            answer = json.load(response)
         with self._lock:
-            self.served += 1
+            self.ids.append(answer["id"])

@@ -110,7 +110,7 @@ def test_nothing_is_counted_twice(starved, watched):
     """Two API server processes: each request is counted once, whichever got the report."""
     _, load = watched
     load.stop()
-    assert not load.errors
+    assert load.errors == []
     starved.wait_for("vllm:num_requests_running", "vllm:num_requests_waiting")
     totals = Counter()
     for (name, *_), value in starved.metrics().items():
@@ -126,4 +126,5 @@ def test_nothing_is_counted_twice(starved, watched):
     assert totals["vllm:fastserve_jobs"] == 0
     trace = read_trace(starved.log.parent / "trace.jsonl")
     assert len(trace.stories) == load.served
+    assert len({trace.find(name).request_id for name in load.ids}) == load.served
     assert {story.outcome for story in trace.stories.values()} == {"finished_length_capped"}

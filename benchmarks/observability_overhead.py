@@ -4,11 +4,13 @@
 
 Real vLLM scheduler objects at a full batch and with a queue, no model, as in `scheduler_overhead`;
 here with too little memory, so that KV cache moves and is counted, too. The same requests run
-without figures, with figures, and with figures and a trace, in turns. A step's cost is the
-scheduling thread's CPU time, which other processes do not disturb; it is compared with how long a
-step of the tiny model takes at the same batch, which an engine measures first. The clock is
-virtual and advances by that, so that reports are as frequent as in operation. "Front end" is what a
-report costs the API server process, which no step waits for.
+without figures, with figures, and with figures and a trace, in turns. A step's cost is CPU time of
+the scheduling thread, and is compared with how long a step of the tiny model takes at the same
+batch, which an engine measures first. "Figures" is the time inside the calls that gather them;
+"trace" the difference to the run without. The difference is given for figures, too: it is the same
+up to the noise of a shared machine. The clock is virtual and advances by the model's step, so that
+reports are as frequent as in operation. "Front end" is what a report costs the API server process,
+which no step waits for.
 """
 
 from __future__ import annotations
@@ -89,6 +91,28 @@ class NoReporter:
     def take(self) -> None: ...
 
 
+class Meter:
+    """CPU seconds of this thread inside the calls of some methods."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, owner: Any, *names: str) -> None:
+        """Measure calls of an object's methods from now on."""
+        for name in names:
+            setattr(owner, name, self._measured(getattr(owner, name)))
+
+    def _measured(self, call: Any) -> Any:
+        def measured(*args: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*args)
+            finally:
+                self.seconds += time.thread_time() - started
+
+        return measured
+
+
 class Sample:
     """One engine under a constant load."""
 
@@ -113,12 +137,17 @@ class Sample:
         else:
             take = connector.statistics
             connector.statistics = lambda: self._keep(take())
+        self.inside = Meter()
+        if variant == "figures":
+            self.inside.watch(engine.scheduler.reporter, "planned", "step")
+            self.inside.watch(connector, "get_kv_connector_stats")
         self._loop = ClosedLoop(engine, args.batch + queued, seed)
         self._engine = engine
         self._trace = trace
         self.seconds: list[float] = []
         self.steps(40 * (args.batch + queued) // args.batch + 200)
         self.seconds.clear()
+        self.inside.seconds = 0.0
 
     def _keep(self, report: dict[str, Any] | None) -> dict[str, Any] | None:
         if report is not None:
@@ -151,26 +180,21 @@ def measure(queued: int, seed: int, step_s: float, args: argparse.Namespace) -> 
             sample.steps(_TURN_STEPS)
     gc.unfreeze()
     times = {variant: 1e6 * statistics.fmean(s.seconds) for variant, s in samples.items()}
-    # Turn by turn, for the same requests are served in the same turns.
-    pairs = {
-        "figures": _difference(samples["figures"], samples["none"]),
-        "trace": _difference(samples["trace"], samples["figures"]),
-    }
     reports = samples["figures"].reports
     written = {variant: sample.close() for variant, sample in samples.items()}
     return {
         **{f"{variant}_step_us": us for variant, us in times.items()},
-        **{f"{variant}_cost_us": us for variant, us in pairs.items()},
+        "figures_cost_us": 1e6 * samples["figures"].inside.seconds / args.steps,
+        "figures_difference_us": _difference(samples["figures"], samples["none"]),
+        "trace_cost_us": _difference(samples["trace"], samples["none"]),
         "trace_bytes": float(written["trace"]),
         "front_end_us_a_report": front_end_us(reports, args),
     }
 
 
 def _difference(one: Sample, other: Sample) -> float:
-    """Mean of the turns' differences without the extreme tenth at either end, microseconds."""
-    differences = sorted(a - b for a, b in zip(one.seconds, other.seconds, strict=True))
-    cut = len(differences) // 10
-    return 1e6 * statistics.fmean(differences[cut : len(differences) - cut])
+    """Median of the turns' differences, microseconds: the same turns serve the same requests."""
+    return 1e6 * statistics.median(a - b for a, b in zip(one.seconds, other.seconds, strict=True))
 
 
 def front_end_us(reports: Sequence[dict[str, Any]], args: argparse.Namespace) -> float:
@@ -215,14 +239,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment()
     result = run(args)
     print(f"a step of the model at batch {args.batch}: {result['model_step_ms']:.2f} ms\n")
-    print("| queued | none, us | figures | of the step | trace | of the step | front end, us |")
+    print(
+        "| queued | figures | of the step | difference | with a trace | of the step | front end |"
+    )
     print("| --- " * 7 + "|")
     for row in result["rows"]:
         print(
-            f"| {row['queued']} | {row['none_step_us']:.0f} "
-            f"| {row['figures_cost_us']:.1f} us | {row['figures_share']:.2%} "
+            f"| {row['queued']} | {row['figures_cost_us']:.1f} us | {row['figures_share']:.2%} "
+            f"| {row['figures_difference_us']:.1f} us "
             f"| {row['trace_cost_us']:.1f} us | {row['trace_share']:.2%} "
-            f"| {row['front_end_us_a_report']:.0f} |"
+            f"| {row['front_end_us_a_report']:.0f} us a report |"
         )
     if args.output is not None:
         config = {

@@ -33,21 +33,25 @@ class Distribution:
         bounds: upper bounds of the buckets, inclusive, rising.
     """
 
-    __slots__ = ("_bounds", "_buckets")
+    __slots__ = ("_bounds", "_sums", "_times")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
-        self._buckets: Buckets = {}
+        self._times = [0] * (len(bounds) + 1)
+        self._sums = [0.0] * (len(bounds) + 1)
 
     def observe(self, value: float) -> None:
         """Count a value."""
         bucket = bisect_left(self._bounds, value)
-        times, total = self._buckets.get(bucket, (0, 0.0))
-        self._buckets[bucket] = (times + 1, total + value)
+        self._times[bucket] += 1
+        self._sums[bucket] += value
 
     def take(self) -> Buckets:
         """What was observed since the last call."""
-        taken, self._buckets = self._buckets, {}
+        seen = zip(self._times, self._sums, strict=True)
+        taken = {bucket: pair for bucket, pair in enumerate(seen) if pair[0]}
+        for bucket in taken:
+            self._times[bucket], self._sums[bucket] = 0, 0.0
         return taken
 
 

@@ -195,13 +195,23 @@ WAITING: tuple[Metric, ...] = (
         "Moves down a level, the quantum used up, by the level that was left.",
         (LEVEL,),
     ),
-    Metric("promotions", _C, "requests", "Moves to the highest level after starving."),
+    Metric("promotions", _C, "requests", "Moves to the highest level with absolute ageing."),
+    Metric("aged_turns", _C, "requests", "Turns given with relative ageing."),
+    Metric(
+        "late_turns", _C, "requests", "Those of them that were overdue by the token gap's bound."
+    ),
     Metric("quantum_seconds", _G, "seconds", "Quantum of a level; the last has none.", (LEVEL,)),
     Metric(
         "starvation_limit_seconds",
         _G,
         "seconds",
-        "Configured wait after which a request is promoted; absent where promotion is off.",
+        "Wait after which anybody is raised; absent where nobody is.",
+    ),
+    Metric(
+        "token_gap_limit_seconds",
+        _G,
+        "seconds",
+        "Bound that relative ageing sets to the gap between two tokens; absent without it.",
     ),
 )
 

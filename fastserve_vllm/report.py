@@ -94,7 +94,6 @@ class Reporter:
             "started": counters.started,
             "preemptions": {key: counters.preempted.get(key, 0) for key in PREEMPTIONS},
             "joins": _by_level(counters.joined.values()),
-            "demotions": _by_level(counters.demoted.values()),
             "declined": declined,
             "recomputed_tokens": self._demand.lost_tokens,
             "predicted_step_seconds": self.predicted_step_s,
@@ -102,7 +101,10 @@ class Reporter:
             "scheduler_seconds": dict(self.seconds),
         }
         if isinstance(policy, SkipJoinMlfq):
+            totals["demotions"] = _by_level(policy.level_demotions)
             totals["promotions"] = policy.promotions
+            totals["aged_turns"] = policy.turns
+            totals["late_turns"] = policy.late_turns
         if self._exchange is not None:
             declined["host_memory"] = self._exchange.manager.counters.no_room
             totals |= self._swap_totals(self._exchange)
@@ -145,8 +147,10 @@ class Reporter:
             gauges["level_jobs"] = _by_level(policy.level_sizes)
             quanta = {str(level): s for level, s in enumerate(policy.ladder.quanta_s)}
             gauges["quantum_seconds"] = {level: s for level, s in quanta.items() if s < math.inf}
-            if policy.starvation_limit_s is not None:
-                gauges["starvation_limit_seconds"] = policy.starvation_limit_s
+            if policy.ageing is not None:
+                gauges["starvation_limit_seconds"] = policy.ageing.limit_s
+            if policy.gap_s < math.inf:
+                gauges["token_gap_limit_seconds"] = policy.gap_s
         if planner.ahead is not None:
             gauges["reserve_blocks"] = planner.ahead.reserved_blocks
         if self._exchange is not None:

@@ -117,7 +117,7 @@ def _work(change: Change) -> Table:
         "swapped in": change.rate("swapped_in"),
         "recomputed": change.rate("preemptions", mode="recomputed"),
         "demoted": change.rate("demotions"),
-        "promoted": change.rate("promotions"),
+        "raised": change.rate("promotions") + change.rate("aged_turns"),
         "declined": change.rate("declined"),
         "prefill tokens": change.rate("batch_tokens", phase="prefill"),
         "decode tokens": change.rate("batch_tokens", phase="decode"),

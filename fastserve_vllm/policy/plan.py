@@ -78,8 +78,8 @@ class StepPlanner:
 
     @property
     def leaving_blocks(self) -> int:
-        """Device blocks that come free with copies to the host that are under way."""
-        return sum(self._roster.leaving.values())
+        """Device blocks that come free when the copies to the host that are under way end."""
+        return self._roster.leaving_blocks
 
     def state_counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
@@ -120,8 +120,8 @@ class StepPlanner:
             spilled: its KV cache is on the host; otherwise it starts over.
             cause: of the preemption, if it runs; see `StepCounters`.
         """
+        self.counters.take_blocks(job, "spilled" if spilled else "recomputed", cause)
         if job.state is JobState.RUNNING:
-            self.counters.preempt("spilled" if spilled else "recomputed", cause)
             self.policy.stop(job, now_s)
         self._roster.take(job)
         if spilled:
@@ -162,21 +162,17 @@ class StepPlanner:
             now_s: the time.
             steps: how many there were, all with the same batch; only in a simulation more than one.
 
-        Returns:
-            The jobs that were demoted, and those that were promoted.
+        Returns: running jobs whose place changed, and waiting ones that were raised.
         """
-        demoted = self.policy.charge(step_s)
-        self._moved.update(demoted)
-        for job in demoted:
-            self.counters.demoted[job.level - 1] += 1
+        self._moved.update(moved := self.policy.charge(step_s))
         if steps > 1 and self.ahead is not None:
             self.ahead.skip(steps - 1)
-        promoted = self.policy.promote_starved(now_s)
-        for job in promoted:
+        raised = self.policy.promote_starved(now_s)
+        for job in raised:
             reposition(job)
             if job.state is JobState.PAUSED and self.ahead is not None:
                 self.ahead.paused(job)
-        return demoted, promoted
+        return moved, raised
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
@@ -203,11 +199,7 @@ class StepPlanner:
         return self._move_ahead(plan, limits, limits.free_blocks - blocks, now_s)
 
     def check_integrity(self) -> None:
-        """Law I1 (`Roster.check_integrity`).
-
-        Raises:
-            AssertionError: naming the job.
-        """
+        """Law I1; raises as `Roster.check_integrity` does."""
         self._roster.check_integrity()
 
     def _join(self, job: Job, now_s: float) -> None:
@@ -220,6 +212,7 @@ class StepPlanner:
     def _leave(self, job: Job) -> None:
         if job.state is not JobState.BLOCKED:
             self._roster.take(job)
+            self._moved.discard(job)
             self.policy.leave(job)
 
     def _take_ready(self, limits: StepLimits) -> tuple[list[Job], list[Job], list[Job]]:
@@ -272,7 +265,7 @@ class StepPlanner:
             now_s: the time.
         """
         walk = Walk(self._roster, candidates, held, limits, self.demand)
-        self._decline(walk.budget.declined)
+        self.counters.decline(walk.budget.declined)
         plan = self._regroup(walk, now_s)
         if not limits.admit_queued:
             return plan
@@ -286,8 +279,7 @@ class StepPlanner:
         victims, partial = walk.budget.victims, walk.budget.partial
         spilled = [job for job in victims if self._spills(job)]
         for job in victims:
-            if job.state is JobState.RUNNING:
-                self.counters.preempt("spilled" if job in spilled else "recomputed", "memory")
+            self.counters.take_blocks(job, "spilled" if job in spilled else "recomputed", "memory")
             self._give_up(job, now_s, spilled=job in spilled)
         left = [job for job in (*walk.passed, *held) if job not in victims]
         paused = [job for job in left if job.state is JobState.RUNNING]
@@ -322,7 +314,7 @@ class StepPlanner:
             return plan
         room = Room(
             idle_blocks=max(idle_blocks, 0),
-            freeing_blocks=sum(roster.leaving.values()),
+            freeing_blocks=roster.leaving_blocks,
             idle_slots=None if self._slots is None else self._slots - roster.num_residents,
             freeing_slots=len(roster.leaving),
         )
@@ -407,7 +399,3 @@ class StepPlanner:
         if job.state is JobState.RUNNING:
             self.policy.stop(job, now_s)
         withdraw(job)
-
-    def _decline(self, reasons: dict[str, int]) -> None:
-        for reason, times in reasons.items():
-            self.counters.declined[reason] = self.counters.declined.get(reason, 0) + times

@@ -38,7 +38,6 @@ class StepCounters:
 
     Attributes:
         joined: jobs that joined a queue, by entry level.
-        demoted: moves down, by the level that was left.
         preempted: running jobs that left the batch, by "mode,cause": what becomes of the KV
             cache (`paused`, `swapped_out`, `spilled`, `recomputed`), and why (another was before
             it in the `order`, `memory` was short, the `host` did it, `copy_failed`).
@@ -54,15 +53,13 @@ class StepCounters:
     saved: int = 0
     finished: int = 0
     joined: dict[int, int] = field(default_factory=dict)
-    demoted: dict[int, int] = field(default_factory=dict)
     preempted: dict[str, int] = field(default_factory=dict)
     declined: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, num_levels: int) -> "StepCounters":
         """Nothing was counted yet."""
-        levels = range(num_levels)
-        return cls(joined=dict.fromkeys(levels, 0), demoted=dict.fromkeys(levels, 0))
+        return cls(joined=dict.fromkeys(range(num_levels), 0))
 
     def pause(self, times: int) -> None:
         """So many running jobs gave way to others, and kept their KV cache on the device."""
@@ -80,8 +77,18 @@ class StepCounters:
         elif job in plan.paused:
             self.preempt("paused", "order", -1)
             self.preempt(mode, "order")
-        elif job.state is JobState.RUNNING:
-            self.preempt(mode, "memory")
+        else:
+            self.take_blocks(job, mode, "memory")
+
+    def take_blocks(self, job: Job, mode: str, cause: str) -> None:
+        """The job leaves the device: a preemption, if it runs. To be called before it stops."""
+        if job.state is JobState.RUNNING:
+            self.preempt(mode, cause)
+
+    def decline(self, reasons: dict[str, int]) -> None:
+        """Batch places were declined, so often for each reason."""
+        for reason, times in reasons.items():
+            self.declined[reason] = self.declined.get(reason, 0) + times
 
     def preempt(self, mode: str, cause: str, times: int = 1) -> None:
         """Running jobs left the batch."""

@@ -58,6 +58,8 @@ class RecordedPlanner(StepPlanner):
         self._step = 0
         # Jobs that compute more than their next token, until they do not.
         self._prefilling: dict[Job, None] = {}
+        # The level of each job that was last written.
+        self._levels: dict[Job, int] = {}
 
     def add(self, job: Job, now_s: float) -> None:
         """As the planner's."""
@@ -74,6 +76,7 @@ class RecordedPlanner(StepPlanner):
         super().remove(job)
         self._prefilling.pop(job, None)
         self._write(job, "finished", self._outcome(job), self._clock())
+        del self._levels[job]
         if not len(self):
             for sink in self.sinks:
                 sink.flush()
@@ -113,12 +116,16 @@ class RecordedPlanner(StepPlanner):
         super().missed(job, now_s)
         self._note(job, "vLLM had no room", now_s)
 
-    def observe(self, step_s: float, now_s: float) -> tuple[Sequence[Job], Sequence[Job]]:
+    def observe(
+        self, step_s: float, now_s: float, steps: int = 1
+    ) -> tuple[Sequence[Job], Sequence[Job]]:
         """As the planner's."""
-        demoted, promoted = super().observe(step_s, now_s)
-        self._note_all(demoted, "quantum used up", now_s)
-        self._note_all(promoted, "starved", now_s)
-        return demoted, promoted
+        moved, raised = super().observe(step_s, now_s, steps)
+        for job in dict.fromkeys(moved):
+            down = job.level > self._levels.get(job, job.level)
+            self._note(job, "quantum used up" if down else "turn over", now_s)
+        self._note_all(raised, "waited for long", now_s)
+        return moved, raised
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """As the planner's."""
@@ -154,6 +161,7 @@ class RecordedPlanner(StepPlanner):
         self._write(job, job.state.value, reason, self._clock() if now_s is None else now_s)
 
     def _write(self, job: Job, state: str, reason: str, now_s: float, tokens: int = 0) -> None:
+        self._levels[job] = job.level
         blocks = self._blocks(job)
         event = Event(now_s, self._step, job.job_id, state, job.level, reason, blocks, tokens)
         for sink in self.sinks:

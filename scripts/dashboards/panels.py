@@ -128,6 +128,7 @@ WAITING = Row(
             (
                 Query(value("longest_wait_seconds", "level", merge="max"), "level {{level}}"),
                 Query(value("starvation_limit_seconds", merge="max"), "starvation limit"),
+                Query(value("token_gap_limit_seconds", merge="max"), "token gap limit"),
             ),
             "s",
         ),
@@ -145,11 +146,17 @@ WAITING = Row(
         ),
         Panel(
             "Moves between levels",
-            "Demotions by the level left; promotions of those who starved.",
+            "Demotions by the level left; promotions by absolute ageing.",
             (
                 Query(rate("demotions", "level"), "demoted from {{level}}"),
                 Query(rate("promotions"), "promoted"),
             ),
+            "reqps",
+        ),
+        Panel(
+            "Turns for those who waited",
+            "Given by relative ageing; late ones were overdue by the bound of the token gap.",
+            (Query(rate("aged_turns"), "given"), Query(rate("late_turns"), "late")),
             "reqps",
         ),
         Panel(

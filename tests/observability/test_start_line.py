@@ -10,7 +10,13 @@ def test_start_line(tiny_model):
     config = vllm_config(tiny_model, {"swap_mode": "reactive", "num_levels": 6}, max_num_seqs=7)
     line = ModelFreeEngine(config, num_blocks=99).scheduler.describe()
     assert "\n" not in line
-    for words in ("policy fastserve", "6 levels", "quantum ratio 2", "batch limit 7"):
+    for words in (
+        "policy fastserve",
+        "6 levels",
+        "3 s at most",
+        "quantum ratio 2",
+        "batch limit 7",
+    ):
         assert words in line
     assert "99 device blocks" in line
     assert re.search(r"reactive KV swap to \d+ host blocks", line)

@@ -73,7 +73,7 @@ class StepPlanner:
 
     @property
     def num_residents(self) -> int:
-        """Jobs that have a place on the device, in the batch or not."""
+        """As `Roster.num_residents`."""
         return self._roster.num_residents
 
     @property
@@ -212,7 +212,6 @@ class StepPlanner:
     def _leave(self, job: Job) -> None:
         if job.state is not JobState.BLOCKED:
             self._roster.take(job)
-            self._moved.discard(job)
             self.policy.leave(job)
 
     def _take_ready(self, limits: StepLimits) -> tuple[list[Job], list[Job], list[Job]]:

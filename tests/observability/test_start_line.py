@@ -13,7 +13,7 @@ def test_start_line(tiny_model):
     for words in (
         "policy fastserve",
         "6 levels",
-        "3 s at most",
+        "to 3 s",
         "quantum ratio 2",
         "batch limit 7",
     ):

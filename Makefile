@@ -4,6 +4,8 @@
 # make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
 # make exact    greedy tokens under KV swap in every way to run the engine (an hour or more)
 # make lint     formatting, lints, types, import contracts
+# make dashboards       write examples/grafana and docs/metrics.md from the metric catalogue
+# make dashboards-demo  a server, load for it, and Prometheus; says where to look
 # make clean    remove caches and build output; make distclean also environments and models
 #
 # The first run installs vLLM and takes minutes; later ones start at once.
@@ -25,7 +27,8 @@ BENCH := results/bench
 BENCH_SEEDS ?= 0
 DEMO_ARGS ?=
 
-.PHONY: serve demo bench test test-033 exact lint format clean distclean env dev-env vllm-033
+.PHONY: serve demo bench test test-033 exact dashboards dashboards-demo lint format
+.PHONY: clean distclean env dev-env vllm-033
 .DEFAULT_GOAL := test
 
 serve: env
@@ -62,6 +65,14 @@ exact: dev-env
 	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
 	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) tests/exactness.py $(TINY_MODEL) $(EXACT_ARGS)
 
+dashboards: dev-env
+	$(RUN) -m scripts.dashboards
+
+dashboards-demo: dev-env
+	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
+	@. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 PORT='$(PORT)' \
+	  $(RUN) -m scripts.dashboards.demo $(TINY_MODEL) $(ARGS)
+
 lint: dev-env
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -76,7 +87,7 @@ env:
 	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model
 
 dev-env:
-	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model bench test
+	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model bench test dashboards
 
 vllm-033: dev-env
 	@scripts/vllm_033_env.sh $(VENV) $(VLLM_033)

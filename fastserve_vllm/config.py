@@ -89,6 +89,10 @@ class FastServeConfig:
     """Path to which the learned step-time profile is written whenever the engine runs dry, at most
     every 5 seconds, and when it shuts down."""
 
+    trace_file: str | None = Field(default=None, min_length=1)
+    """Path of a file to which every state change of every request is written, as JSON lines. With
+    data parallelism each engine adds its number to the name. At most 4 files of 64 MiB are kept."""
+
     @classmethod
     def parse(cls, raw: Mapping[str, Any] | None) -> "FastServeConfig":
         """Validate `raw`.

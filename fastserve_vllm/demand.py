@@ -29,6 +29,8 @@ class HostDemand:
         # Where a prefill cannot be cut, or only at the boundaries of a state-space model's blocks,
         # a smaller budget may be none at all.
         self._narrows = config.enable_chunked_prefill and not scheduler.has_mamba_layers
+        # Computed tokens whose KV cache was given up so far.
+        self.lost_tokens = 0
         self._chunk = config.long_prefill_token_threshold or 1 << 62
         self._chunked = config.enable_chunked_prefill
         self._max_adapters = lora.max_loras if lora is not None else None
@@ -157,7 +159,9 @@ class HostDemand:
         request: Request = job.handle
         exchange = self._scheduler.exchange
         job.swapped_tokens = 0 if exchange is None else exchange.matched_tokens(request, 0)
-        job.next_tokens = self._step_tokens(request.num_tokens - job.swapped_tokens)
+        lacking = request.num_tokens - job.swapped_tokens
+        self.lost_tokens += max(lacking - job.next_tokens, 0)
+        job.next_tokens = self._step_tokens(lacking)
         job.first_step_s = self._prefill_s(job.next_tokens)
 
     def size_up_rest(self, job: Job) -> None:

@@ -21,11 +21,11 @@ from fastserve_vllm.kv_swap.worker import refuse_unsupported
 from fastserve_vllm.planned_queue import PlannedQueue
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.make import base_quantum_s, describe, make_policy, rebase
-from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.report import Reporter
 from fastserve_vllm.step_timer import StepTimer
 from fastserve_vllm.swap_moves import SwapMoves
+from fastserve_vllm.tracing import close_trace, make_planner
 
 logger = init_logger(__name__)
 
@@ -77,12 +77,12 @@ class FastServeScheduler(AsyncScheduler):
         connector.exchange = self.exchange
         ahead = self.fastserve_config.swap_mode == "proactive"
         blocks = self.kv_cache_config.num_blocks if ahead else None
-        self.planner = StepPlanner(policy, self.demand, self.exchange, blocks)
+        self.planner = make_planner(self, policy, blocks)
         self._jobs: dict[str, Job] = {}
         self._blocked: dict[Job, None] = {}
         self._resetting = False
         self.moves = SwapMoves(self, self._jobs)
-        self.reporter = Reporter(self.planner, self.timer, self.exchange)
+        self.reporter = Reporter(self)
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", self.describe())
         if self.use_v2_model_runner and self.max_num_active_reqs == self.max_num_running_reqs:
@@ -113,36 +113,50 @@ class FastServeScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan a step, show vLLM only the plan, and let it schedule."""
-        entered = time.perf_counter()
         now_s = self.clock()
         plan = None
         if self._pause_state is not PauseState.PAUSED_ALL:
-            self._observe(now_s)
-            # vLLM reads its token budget anew in every step.
-            self.max_num_scheduled_tokens = self.demand.token_budget()
-            plan = self.planner.plan(self.demand.limits(), now_s)
-            self._apply(plan)
-        planned = time.perf_counter()
+            plan = self._plan(now_s)
         output = super().schedule(throttle_prefills)
         delegated = time.perf_counter()
         if plan is not None:
             self._reconcile(plan, output, now_s)
         self.timer.scheduled(now_s)
-        self.reporter.scheduler_s += time.perf_counter() - delegated + planned - entered
+        self.reporter.seconds["follow"] += time.perf_counter() - delegated
         return output
+
+    def _plan(self, now_s: float) -> StepPlan:
+        """Choose the step's batch and show it to vLLM; note how long that takes."""
+        entered = time.perf_counter()
+        self._observe(now_s)
+        observed = time.perf_counter()
+        # vLLM reads its token budget anew in every step.
+        self.max_num_scheduled_tokens = self.demand.token_budget()
+        plan = self.planner.plan(self.demand.limits(), now_s)
+        if plan.started:
+            self.reporter.planned(plan, now_s)
+        planned = time.perf_counter()
+        self._apply(plan)
+        seconds = self.reporter.seconds
+        seconds["observe"] += observed - entered
+        seconds["plan"] += planned - observed
+        seconds["apply"] += time.perf_counter() - planned
+        return plan
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Measure the step that ended, then let vLLM take in its output."""
         entered = time.perf_counter()
-        self.timer.ended(scheduler_output, self.clock())
-        self.reporter.scheduler_s += time.perf_counter() - entered
+        step = self.timer.ended(scheduler_output, self.clock())
+        if step is not None:
+            self.reporter.step(step)
+        self.reporter.seconds["measure"] += time.perf_counter() - entered
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.exchange is not None and self.exchange.has_news:
             entered = time.perf_counter()
             self.moves.follow(self.exchange, model_runner_output)
-            self.reporter.scheduler_s += time.perf_counter() - entered
+            self.reporter.seconds["copies"] += time.perf_counter() - entered
         # A server is often killed before it shuts its scheduler down, so an idle one saves, too.
         if not len(self.planner):
             self.timer.save_at_times(self.clock())
@@ -323,6 +337,7 @@ class FastServeScheduler(AsyncScheduler):
     def shutdown(self) -> None:
         """As vLLM's; saves the step-time profile once more."""
         self.timer.save(self.clock())
+        close_trace(self.planner)
         super().shutdown()
 
     def check_integrity(self) -> None:

@@ -1,6 +1,7 @@
 """How long steps take: measured when they end, learned, and saved as a profile."""
 
 from collections import deque
+from typing import NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -15,6 +16,22 @@ from fastserve_vllm.policy.step_time import (
 _PROFILE_PERIOD_S = 5.0
 
 
+class EndedStep(NamedTuple):
+    """A step that computed something.
+
+    Attributes:
+        shape: what it computed.
+        requests: how many it ran.
+        predicted_s: what the model had said, in seconds.
+        actual_s: what it took.
+    """
+
+    shape: StepShape
+    requests: int
+    predicted_s: float
+    actual_s: float
+
+
 class StepTimer:
     """Measures the steps that end, and learns from them.
 
@@ -27,9 +44,6 @@ class StepTimer:
 
     def __init__(self, config: FastServeConfig) -> None:
         self.step_time = _step_time_model(config)
-        self.steps = 0
-        self.step_s = 0.0
-        self.predicted_step_s = 0.0
         self._scheduled_at: deque[float] = deque()
         self._last_output_s = 0.0
         self._uncharged_s = 0.0
@@ -40,14 +54,14 @@ class StepTimer:
         """A step was scheduled, empty or not."""
         self._scheduled_at.append(now_s)
 
-    def ended(self, output: SchedulerOutput, now_s: float) -> None:
-        """The oldest step in flight ended.
+    def ended(self, output: SchedulerOutput, now_s: float) -> EndedStep | None:
+        """The oldest step in flight ended; None: it was empty.
 
         It took the seconds that it ran alone: from its start, or from the end of the one before.
         """
         scheduled_s = self._scheduled_at.popleft()
         if not output.total_num_scheduled_tokens:
-            return
+            return None
         step_s = now_s - max(scheduled_s, self._last_output_s)
         self._last_output_s = now_s
         self._uncharged_s += step_s
@@ -58,10 +72,9 @@ class StepTimer:
             decodes=decodes,
             context_tokens=sum(output.scheduled_cached_reqs.num_computed_tokens),
         )
-        self.steps += 1
-        self.step_s += step_s
-        self.predicted_step_s += self.step_time.predict_s(shape)
+        step = EndedStep(shape, len(counts), self.step_time.predict_s(shape), step_s)
         self.step_time.observe(shape, step_s)
+        return step
 
     def take_s(self) -> float:
         """Seconds of the steps that ended since the last call: to be charged to those that ran."""

@@ -134,16 +134,17 @@ class SwapMoves:
         vLLM has dropped the output of a step that read it.
         """
         self._scheduler.release(job.handle)
-        self.start_over(job)
+        self.start_over(job, cause="copy_failed")
 
-    def start_over(self, job: Job, *, spilled: bool = False) -> None:
+    def start_over(self, job: Job, *, spilled: bool = False, cause: str = "host") -> None:
         """The job's device blocks are gone: it computes all tokens again that the host lacks.
 
         Args:
             job: in whatever state.
             spilled: its KV cache is on the host.
+            cause: of the preemption, if it runs; see `StepCounters`.
         """
-        self._planner.evict(job, self._scheduler.clock(), spilled=spilled)
+        self._planner.evict(job, self._scheduler.clock(), spilled=spilled, cause=cause)
         self._demand.size_up_again(job)
 
     def forget_all(self) -> None:

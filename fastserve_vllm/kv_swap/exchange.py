@@ -74,6 +74,7 @@ class KvExchange:
         self.bandwidth = Bandwidth()
         self.waited_s = 0.0
         self.copied_bytes = dict.fromkeys([d.value for d in Direction], 0)
+        self.copy_s = dict.fromkeys([d.value for d in Direction], 0.0)
         self.host_blocks = host_block_count(vllm_config, kv_cache_config, swap_space)
         self.manager = SwapManager(
             self.host_blocks,
@@ -267,6 +268,7 @@ class KvExchange:
         self.waited_s += report.waited_s
         for direction, copied in report.copied_bytes.items():
             self.copied_bytes[direction] += copied
+            self.copy_s[direction] += report.copy_s.get(direction, 0.0)
         for completion in self.manager.report(report):
             if completion.cause not in (None, INVALIDATED) and not completion.discarded:
                 self._note_failure(completion.request_id, completion.cause)

@@ -93,6 +93,13 @@ class SwapManager:
         """Transfers begun that have not settled."""
         return len(self._in_flight)
 
+    def in_flight_blocks(self) -> dict[str, int]:
+        """Blocks of the transfers begun that have not settled, by `Direction.value`."""
+        blocks = dict.fromkeys([direction.value for direction in Direction], 0)
+        for flight in self._in_flight:
+            blocks[flight.transfer.direction.value] += len(flight.transfer.device_blocks)
+        return blocks
+
     def state(self, request_id: str) -> CopyState | None:
         """Where the request's KV is; None: the host has nothing of it that may be used."""
         copy = self._copies.get(request_id)

@@ -50,6 +50,7 @@ class SkipJoinMlfq:
         self.ageing = ageing
         self.service_weight = service_weight
         self.demotions = 0
+        self.level_demotions = [0] * ladder.num_levels
         self.promotions = 0
         self.turns = 0
         self.late_turns = 0
@@ -139,6 +140,7 @@ class SkipJoinMlfq:
                 moved.append(job)
             if job.attained_service_s >= self._quantum_s(job):
                 if job.level < self.ladder.last_level:
+                    self.level_demotions[job.level] += 1
                     self._move(job, job.level + 1)
                     self.demotions += 1
                     moved.append(job)

@@ -41,7 +41,7 @@ class StepPlanner:
         self.policy = policy
         self.demand = demand
         self.swap = swap
-        self.counters = StepCounters()
+        self.counters = StepCounters.of(policy.num_levels)
         self._roster = roster = Roster()
         # Running jobs whose key changed since the last plan.
         self._moved: set[Job] = set()
@@ -73,8 +73,13 @@ class StepPlanner:
 
     @property
     def num_residents(self) -> int:
-        """Jobs that have a place on the device, in the batch or not."""
+        """As `Roster.num_residents`."""
         return self._roster.num_residents
+
+    @property
+    def leaving_blocks(self) -> int:
+        """Device blocks that come free when the copies to the host that are under way end."""
+        return self._roster.leaving_blocks
 
     def state_counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
@@ -106,14 +111,16 @@ class StepPlanner:
         """What the job waited for has come: it joins as on arrival."""
         self._join(job, now_s)
 
-    def evict(self, job: Job, now_s: float, *, spilled: bool = False) -> None:
+    def evict(self, job: Job, now_s: float, *, spilled: bool = False, cause: str = "host") -> None:
         """The job's device blocks are gone; it keeps its place in the order.
 
         Args:
             job: in whatever state.
             now_s: the time.
             spilled: its KV cache is on the host; otherwise it starts over.
+            cause: of the preemption, if it runs; see `StepCounters`.
         """
+        self.counters.take_blocks(job, "spilled" if spilled else "recomputed", cause)
         if job.state is JobState.RUNNING:
             self.policy.stop(job, now_s)
         self._roster.take(job)
@@ -143,22 +150,29 @@ class StepPlanner:
         if job.state is JobState.RUNNING:
             self._roster.take(job)
             self._pause(job, now_s)
+            self.counters.preempt("paused", "host")
 
-    def observe(self, step_s: float, now_s: float, steps: int = 1) -> None:
+    def observe(
+        self, step_s: float, now_s: float, steps: int = 1
+    ) -> tuple[Sequence[Job], Sequence[Job]]:
         """Charge `step_s` seconds to the running jobs; demote and promote.
 
         Args:
             step_s: seconds that the last steps took.
             now_s: the time.
             steps: how many there were, all with the same batch; only in a simulation more than one.
+
+        Returns: running jobs whose place changed, and waiting ones that were raised.
         """
-        self._moved.update(self.policy.charge(step_s))
+        self._moved.update(moved := self.policy.charge(step_s))
         if steps > 1 and self.ahead is not None:
             self.ahead.skip(steps - 1)
-        for job in self.policy.promote_starved(now_s):
+        raised = self.policy.promote_starved(now_s)
+        for job in raised:
             reposition(job)
             if job.state is JobState.PAUSED and self.ahead is not None:
                 self.ahead.paused(job)
+        return moved, raised
 
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
@@ -175,7 +189,7 @@ class StepPlanner:
             candidates = sorted([*self._roster.running, *left], key=_by_key)
             return self._fit(candidates, held, limits, now_s)
         if joined or left or held:
-            self.counters.paused += len(left)
+            self.counters.pause(len(left))
             # First to run first: who has waited equally long is promoted in this order.
             outside = [*reversed(left), *held]
             left += [job for job in held if job.state is JobState.RUNNING]
@@ -185,15 +199,12 @@ class StepPlanner:
         return self._move_ahead(plan, limits, limits.free_blocks - blocks, now_s)
 
     def check_integrity(self) -> None:
-        """Law I1 (`Roster.check_integrity`).
-
-        Raises:
-            AssertionError: naming the job.
-        """
+        """Law I1; raises as `Roster.check_integrity` does."""
         self._roster.check_integrity()
 
     def _join(self, job: Job, now_s: float) -> None:
         self.policy.join(job, now_s)
+        self.counters.joined[job.level] += 1
         if self.ahead is not None:
             self.ahead.arrived(job.next_tokens)
         self._requeue(job)
@@ -253,7 +264,7 @@ class StepPlanner:
             now_s: the time.
         """
         walk = Walk(self._roster, candidates, held, limits, self.demand)
-        self._decline(walk.budget.declined)
+        self.counters.decline(walk.budget.declined)
         plan = self._regroup(walk, now_s)
         if not limits.admit_queued:
             return plan
@@ -267,10 +278,11 @@ class StepPlanner:
         victims, partial = walk.budget.victims, walk.budget.partial
         spilled = [job for job in victims if self._spills(job)]
         for job in victims:
+            self.counters.take_blocks(job, "spilled" if job in spilled else "recomputed", "memory")
             self._give_up(job, now_s, spilled=job in spilled)
         left = [job for job in (*walk.passed, *held) if job not in victims]
         paused = [job for job in left if job.state is JobState.RUNNING]
-        self.counters.paused += len(paused) - sum(job.state is JobState.RUNNING for job in held)
+        self.counters.pause(len(paused) - sum(job.state is JobState.RUNNING for job in held))
         started = [job for job in chosen if job.state is not JobState.RUNNING]
         self._put_back(left, now_s)
         self._roster.running = chosen.copy()
@@ -301,7 +313,7 @@ class StepPlanner:
             return plan
         room = Room(
             idle_blocks=max(idle_blocks, 0),
-            freeing_blocks=sum(roster.leaving.values()),
+            freeing_blocks=roster.leaving_blocks,
             idle_slots=None if self._slots is None else self._slots - roster.num_residents,
             freeing_slots=len(roster.leaving),
         )
@@ -319,11 +331,13 @@ class StepPlanner:
         """Take those who leave the device out of the batch."""
         gone = {*decision.swapped_out, *decision.dropped}
         for job in decision.swapped_out:
+            self.counters.send_away(job, plan, "swapped_out")
             self._depart(job, now_s)
             # None is not possible: such a job does not leave.
             self._roster.send_out(job, self.demand.freed_blocks(job) or 0)
         self.counters.swapped_out += len(decision.swapped_out)
         for job in decision.dropped:
+            self.counters.send_away(job, plan, "recomputed")
             self._give_up(job, now_s, spilled=False)
         self._roster.running = [job for job in self._roster.running if job not in gone]
         return plan._replace(
@@ -384,7 +398,3 @@ class StepPlanner:
         if job.state is JobState.RUNNING:
             self.policy.stop(job, now_s)
         withdraw(job)
-
-    def _decline(self, reasons: dict[str, int]) -> None:
-        for reason, times in reasons.items():
-            self.counters.declined[reason] = self.counters.declined.get(reason, 0) + times

@@ -42,6 +42,11 @@ class Roster:
         """Jobs that have a place on the device, in the batch or not."""
         return len(self.running) + len(self.paused) + len(self.leaving) + len(self.coming)
 
+    @property
+    def leaving_blocks(self) -> int:
+        """Device blocks that come free when the copies that are under way end."""
+        return sum(self.leaving.values())
+
     def counts(self) -> dict[JobState, int]:
         """Live jobs by state, in constant time."""
         counts = {

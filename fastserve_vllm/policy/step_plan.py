@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastserve_vllm.policy.job import Job
+from fastserve_vllm.policy.job import Job, JobState
 
 
 class StepPlan(NamedTuple):
@@ -34,7 +34,15 @@ class StepPlan(NamedTuple):
 
 @dataclass(slots=True)
 class StepCounters:
-    """Arrows taken so far, by name."""
+    """Arrows taken so far, by name.
+
+    Attributes:
+        joined: jobs that joined a queue, by entry level.
+        preempted: running jobs that left the batch, by "mode,cause": what becomes of the KV
+            cache (`paused`, `swapped_out`, `spilled`, `recomputed`), and why (another was before
+            it in the `order`, `memory` was short, the `host` did it, `copy_failed`).
+        declined: batch places declined, by reason.
+    """
 
     started: int = 0
     paused: int = 0
@@ -44,4 +52,45 @@ class StepCounters:
     swapped_in: int = 0
     saved: int = 0
     finished: int = 0
+    joined: dict[int, int] = field(default_factory=dict)
+    preempted: dict[str, int] = field(default_factory=dict)
     declined: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, num_levels: int) -> "StepCounters":
+        """Nothing was counted yet."""
+        return cls(joined=dict.fromkeys(range(num_levels), 0))
+
+    def pause(self, times: int) -> None:
+        """So many running jobs gave way to others, and kept their KV cache on the device."""
+        self.paused += times
+        if times:
+            self.preempt("paused", "order", times)
+
+    def send_away(self, job: Job, plan: StepPlan, mode: str) -> None:
+        """A job leaves the device, to which the plan meant to give a turn or a pause, or nothing.
+
+        To be called before its state changes.
+        """
+        if job in plan.started:
+            self.started -= 1
+        elif job in plan.paused:
+            self.preempt("paused", "order", -1)
+            self.preempt(mode, "order")
+        else:
+            self.take_blocks(job, mode, "memory")
+
+    def take_blocks(self, job: Job, mode: str, cause: str) -> None:
+        """The job leaves the device: a preemption, if it runs. To be called before it stops."""
+        if job.state is JobState.RUNNING:
+            self.preempt(mode, cause)
+
+    def decline(self, reasons: dict[str, int]) -> None:
+        """Batch places were declined, so often for each reason."""
+        for reason, times in reasons.items():
+            self.declined[reason] = self.declined.get(reason, 0) + times
+
+    def preempt(self, mode: str, cause: str, times: int = 1) -> None:
+        """Running jobs left the batch."""
+        key = f"{mode},{cause}"
+        self.preempted[key] = self.preempted.get(key, 0) + times

@@ -60,7 +60,7 @@ _ENGINE_LABELS = ("engine", "model_name")
 @contextmanager
 def serving(model, flags, env, log):
     """A server on a free port of this machine for the length of the block."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
     command += ["--host", "127.0.0.1", "--port", str(port), *engine_flags(), *flags]
     with log.open("w") as output:
@@ -98,7 +98,7 @@ def _wait_until_ready(process, server):
     raise RuntimeError(f"the server is not ready: {server.log.read_text()[-4000:]}")
 
 
-def _free_port():
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

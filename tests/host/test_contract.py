@@ -9,7 +9,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 import fastserve_vllm
-from fastserve_vllm import demand, host, scheduler, swap_moves
+from fastserve_vllm import demand, host, report, scheduler, swap_moves, tracing
 from fastserve_vllm.contract import CONTRACT
 from fastserve_vllm.host import HostContractError
 from fastserve_vllm.kv_swap import exchange
@@ -138,7 +138,7 @@ def listed(owner):
 
 
 @pytest.mark.parametrize(
-    "module", [scheduler, demand, exchange, swap_moves], ids=lambda m: m.__name__
+    "module", [scheduler, demand, exchange, swap_moves, report, tracing], ids=lambda m: m.__name__
 )
 def test_contract_is_complete(module):
     """What the code touches of vLLM's scheduler and requests is in the table."""

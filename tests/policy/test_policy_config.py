@@ -39,6 +39,8 @@ REFUSED = [
     ("swap_space_gib", "4", "number"),
     ("step_time_profile", 7, "string"),
     ("save_step_time_profile", ["x"], "string"),
+    ("trace_file", True, "string"),
+    ("trace_file", "", "at least 1 character"),
 ]
 
 
@@ -95,6 +97,7 @@ CHANGED = {
     "starvation_limit_s": None,
     "step_time_profile": "in.json",
     "save_step_time_profile": "out.json",
+    "trace_file": "trace.jsonl",
 }
 
 

@@ -20,7 +20,15 @@ KV_SWAP = [
     "fastserve_vllm.kv_swap.swap_plan",
     "fastserve_vllm.kv_swap.transfers",
 ]
-PURE = ["fastserve_vllm", "fastserve_vllm.config", "fastserve_vllm.metrics", *KV_SWAP, *POLICY]
+TRACE = sorted(f"fastserve_vllm.trace.{path.stem}" for path in PACKAGE.glob("trace/[a-z]*.py"))
+PURE = [
+    "fastserve_vllm",
+    "fastserve_vllm.config",
+    "fastserve_vllm.metrics",
+    *KV_SWAP,
+    *POLICY,
+    *TRACE,
+]
 
 BLOCKED = """
 import sys

@@ -111,6 +111,7 @@ def _json_object(text: str) -> dict[str, Any]:
 @click.option("--config", default="{}", help="Further FastServe configuration for all, JSON.")
 @click.option("--json", "output", type=click.Path(dir_okay=False, path_type=Path), help="Write.")
 def command(
+    *,
     workload: str | None,
     trace: Path | None,
     policy: str,

@@ -6,7 +6,7 @@ from enum import Enum
 from operator import attrgetter
 from typing import Protocol
 
-from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.job import Job, JobState, OrderKey
 from fastserve_vllm.policy.step_time import StepTimeModel
 
 _by_key = attrgetter("key")
@@ -165,6 +165,7 @@ class StepBudget:
     _queued_closed: bool = False
     _queued_admitted: bool = False
     _tail: list[Job] | None = None
+    _first_victim: OrderKey | None = None
 
     def __post_init__(self) -> None:
         self._tokens = self.limits.token_budget
@@ -183,7 +184,7 @@ class StepBudget:
 
     def _turns_away(self, job: Job) -> bool:
         """Whether the queued job stands behind one that it must not overtake."""
-        if self.takes_queued:
+        if self.takes_queued and (self._first_victim is None or job.key < self._first_victim):
             return False
         return self.partial is not None or not self.demand.holds_kv(job)
 
@@ -268,6 +269,8 @@ class StepBudget:
         del self._tail[end:]
         self._blocks, self._slots = free, free_slots
         self.victims.update(dict.fromkeys(taken))
+        # Whoever stands behind a victim and holds nothing yet does not get its memory.
+        self._first_victim = taken[-1].key
         return True
 
     def _take(self, job: Job, queued: bool, tokens: int) -> None:

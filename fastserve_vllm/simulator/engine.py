@@ -17,6 +17,7 @@ from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
 from fastserve_vllm.simulator.copies import Copy, CopyChannels
+from fastserve_vllm.simulator.free_blocks import FreeBlocks
 from fastserve_vllm.simulator.kv_cache import HostState, KvCache, LiveRequest
 from fastserve_vllm.simulator.served import ServedRequest
 from fastserve_vllm.simulator.shape import EngineShape
@@ -56,7 +57,7 @@ class SimulatedEngine:
         self._leap = leap
         self._learned = StepTimeModel()
         self.kv = KvCache(
-            free_blocks=shape.device_blocks,
+            device=FreeBlocks(shape.device_blocks),
             block_tokens=shape.block_tokens,
             host_blocks=shape.host_blocks,
             channels=CopyChannels(shape.block_copy_s),
@@ -147,7 +148,7 @@ class SimulatedEngine:
         limits = StepLimits(
             batch_limit=self.shape.batch_limit,
             token_budget=self._token_budget(),
-            free_blocks=self.kv.free_blocks,
+            free_blocks=self.kv.device.count,
             block_tokens=self.shape.block_tokens,
         )
         plan = self.planner.plan(limits, self.now_s)
@@ -288,7 +289,7 @@ class SimulatedEngine:
         if steps > 1 and math.isfinite(calm_s):
             steps = min(steps, _steps_of(calm_s, first_s, growth_s))
         # Growth is a block in `block_tokens` steps for each job; short of memory, step by step.
-        spare = self.kv.free_blocks - reserved - 2 * len(plan.batch)
+        spare = self.kv.device.count - reserved - 2 * len(plan.batch)
         grows = spare // len(plan.batch) * self.shape.block_tokens
         return int(max(min(steps, grows), 1))
 
@@ -308,6 +309,10 @@ class SimulatedEngine:
         for job in plan.saved:
             self.kv.save(job, self.now_s)
         for job in plan.started:
+            live: LiveRequest = job.handle
+            if live.freed is not None and not live.blocks and not job.swapped_tokens:
+                self.kv.adopt(live)
+                job.next_tokens = live.num_tokens - live.computed
             if job.swapped_tokens:
                 blocks = self.kv.come_back(job.handle)
                 self.kv.retain(job.handle)

@@ -8,6 +8,7 @@ from enum import Enum
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.step_time import StepTimeModel
 from fastserve_vllm.simulator.copies import Copy, CopyChannels
+from fastserve_vllm.simulator.free_blocks import FreeBlocks, Freed
 from fastserve_vllm.traces import Request
 
 
@@ -44,6 +45,8 @@ class LiveRequest:
     first_token_s: float = -1.0
     last_token_s: float = -1.0
     longest_gap_s: float = 0.0
+    freed: Freed | None = None
+    """Its full blocks that were freed and may hold its KV still."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,14 +73,14 @@ class KvCache:
     Prompts share no prefix, one KV cache group, no adapters, no drafts.
 
     Attributes:
-        free_blocks: device blocks that nobody holds.
+        device: the free device blocks.
         block_tokens: tokens that a block holds.
         host_blocks: blocks of the host pool.
         channels: the copies in flight, and what they take.
         step_time: what computing tokens costs, as far as the scheduler knows.
     """
 
-    free_blocks: int
+    device: FreeBlocks
     block_tokens: int
     host_blocks: int
     channels: CopyChannels
@@ -160,14 +163,28 @@ class KvCache:
         """
         wanted = self.blocks_of(tokens) - sequence.blocks
         if wanted > 0:
-            self.free_blocks -= wanted
+            self.device.take(wanted)
             sequence.blocks += wanted
-            if self.free_blocks < 0:
-                raise RuntimeError("a plan needs more device blocks than there are")
+
+    def adopt(self, sequence: LiveRequest) -> int:
+        """Take back those of its freed blocks that were not reused; returns how many.
+
+        The last token is computed in any case: somebody has to sample the next one.
+        """
+        freed, sequence.freed = sequence.freed, None
+        if freed is None:
+            return 0
+        most = (sequence.num_tokens - 1) // self.block_tokens
+        blocks = self.device.adopt(freed, most)
+        sequence.blocks += blocks
+        sequence.computed = blocks * self.block_tokens
+        return blocks
 
     def release(self, sequence: LiveRequest) -> None:
-        """Free the device blocks."""
-        self.free_blocks += sequence.blocks
+        """Free the device blocks, the last one first; the full ones may be adopted again."""
+        full = sequence.computed // self.block_tokens
+        self.device.put(sequence.blocks - full)
+        sequence.freed = self.device.put(full)
         sequence.blocks = sequence.computed = 0
         sequence.entered = False
 
@@ -206,12 +223,13 @@ class KvCache:
             self.channels.begin(Copy(job, blocks), "out", now_s)
 
     def come_back(self, sequence: LiveRequest) -> int:
-        """Allocate device blocks for what the host holds, and return how many are copied."""
-        tokens = min(sequence.host_tokens, sequence.num_tokens - 1)
+        """Allocate device blocks for what the host holds; returns how many have to be copied."""
+        adopted = self.adopt(sequence)
+        tokens = max(min(sequence.host_tokens, sequence.num_tokens - 1), sequence.computed)
         self.grow(sequence, tokens)
         sequence.computed = tokens
         sequence.host = HostState.MOVING
-        blocks = self.blocks_of(tokens)
+        blocks = self.blocks_of(tokens) - adopted
         self.counters.into += blocks
         return blocks
 
@@ -230,8 +248,8 @@ class KvCache:
             AssertionError: naming the law.
         """
         held = sum(s.blocks for s in sequences)
-        assert self.free_blocks + held == device_blocks, "I4: device blocks"
-        assert self.free_blocks >= 0, "I4: device blocks"
+        assert self.device.count + held == device_blocks, "I4: device blocks"
+        assert self.device.count >= 0, "I4: device blocks"
         host = sum(s.host_blocks for s in sequences)
         assert self.free_host_blocks + host == self.host_blocks, "I4: host blocks"
         assert self.free_host_blocks >= 0, "I4: host blocks"

@@ -109,7 +109,7 @@ def throughput(runs: Sequence[RunResult]) -> Figure | None:
 
 
 def swap_timeline(runs: Sequence[RunResult]) -> Figure | None:
-    """Blocks held on either side, and blocks copied a second: one seed at the highest load."""
+    """Blocks held on either side, and blocks copied so far: one seed at the highest load."""
     runs = [run for run in runs if run.timeline and run.load is not None]
     swapping = {run.system for run in runs if max(run.timeline["blocks_out"]) > 0}
     if not swapping:
@@ -121,7 +121,7 @@ def swap_timeline(runs: Sequence[RunResult]) -> Figure | None:
     for (held, copies), run in zip(grid.T, shown, strict=True):
         _draw_timeline(held, copies, run)
     grid[0][0].set_ylabel("blocks held")
-    grid[1][0].set_ylabel("blocks copied a second")
+    grid[1][0].set_ylabel("blocks copied so far")
     grid[0][-1].legend(fontsize=8)
     grid[1][-1].legend(fontsize=8)
     return figure
@@ -137,13 +137,12 @@ PLOTS: dict[str, tuple[str, Plot]] = {
 
 
 def _draw_timeline(held: Axes, copies: Axes, run: RunResult) -> None:
-    line = {name: np.asarray(column) for name, column in run.timeline.items()}
+    line = run.timeline
     held.plot(line["time_s"], line["device_blocks"], label="device", lw=1)
     held.plot(line["time_s"], line["host_blocks"], label="host", lw=1)
     held.set_title(f"{run.system}, load {run.load:g}", fontsize=10)
-    seconds = np.maximum(np.diff(line["time_s"]), 1e-9)
     for name, label in (("blocks_out", "out"), ("blocks_in", "in")):
-        copies.plot(line["time_s"][1:], np.diff(line[name]) / seconds, label=label, lw=1)
+        copies.plot(line["time_s"], line[name], label=label, lw=1)
     copies.set_xlabel("s")
 
 

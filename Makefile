@@ -46,10 +46,10 @@ demo: dev-env
 bench: dev-env
 	@. scripts/cpu_env.sh; $(RUN) -m benchmarks.run --workload sharegpt --out $(BENCH)/sharegpt \
 	  --systems vllm-fcfs vllm-priority-oracle mlfq fastserve srpt-oracle \
-	  --loads 0.3 0.7 0.9 1.0 1.2 --requests 300 --seeds $(BENCH_SEEDS) --jobs 2 --quiet
+	  --loads 0.3 0.7 0.9 1.0 1.2 --requests 250 --seeds $(BENCH_SEEDS) --jobs 2 --quiet
 	@. scripts/cpu_env.sh; $(RUN) -m benchmarks.run --workload sharegpt --out $(BENCH)/sharegpt-kv \
 	  --regime kv --systems vllm-fcfs fastserve fastserve-reactive fastserve-recompute \
-	  --loads 1.0 1.2 --requests 300 --seeds $(BENCH_SEEDS) --jobs 2 --quiet
+	  --loads 1.0 1.2 --requests 250 --seeds $(BENCH_SEEDS) --jobs 2 --quiet
 	@$(RUN) -m benchmarks.report $(BENCH)/sharegpt $(BENCH)/sharegpt-kv --out $(BENCH)/report
 
 test: dev-env

@@ -51,7 +51,7 @@ def latency_over_rate(runs: Sequence[RunResult]) -> Figure | None:
                 continue
             x = [load for load, _ in drawn]
             middle = [statistics.median(values) for _, values in drawn]
-            axes.plot(x, middle, marker="o", ms=4, color=colour(system), label=system)
+            axes.plot(x, middle, marker="o", **line_of(system, systems_of(runs)))
             low, high = ([f(values) for _, values in drawn] for f in (min, max))
             axes.fill_between(x, low, high, color=colour(system), alpha=0.15, lw=0)
         axes.set(title=title, yscale="log", xlabel="arrival rate / capacity", ylabel="ms")
@@ -76,9 +76,10 @@ def distributions(runs: Sequence[RunResult]) -> Figure | None:
                 ]
                 if curves:
                     x = np.mean(curves, axis=0)
-                    axes.plot(x, QUANTILES, color=colour(system), label=system)
+                    axes.plot(x, QUANTILES, **line_of(system, systems_of(runs)))
             axes.set(title=f"{title}, load {load:g}", xscale="log", xlabel="ms")
-            plain_numbers(axes.xaxis, (1,))
+            plain_numbers(axes.xaxis, (1, 3))
+            axes.tick_params(axis="x", labelsize=7)
         row[0].set_ylabel("% of requests")
     return _finished(figure, grid)
 
@@ -108,7 +109,7 @@ def throughput(runs: Sequence[RunResult]) -> Figure | None:
 
 
 def swap_timeline(runs: Sequence[RunResult]) -> Figure | None:
-    """Blocks held on either side, and blocks copied a second: one seed at the highest load."""
+    """Blocks held on either side, and blocks copied so far: one seed at the highest load."""
     runs = [run for run in runs if run.timeline and run.load is not None]
     swapping = {run.system for run in runs if max(run.timeline["blocks_out"]) > 0}
     if not swapping:
@@ -120,7 +121,7 @@ def swap_timeline(runs: Sequence[RunResult]) -> Figure | None:
     for (held, copies), run in zip(grid.T, shown, strict=True):
         _draw_timeline(held, copies, run)
     grid[0][0].set_ylabel("blocks held")
-    grid[1][0].set_ylabel("blocks copied a second")
+    grid[1][0].set_ylabel("blocks copied so far")
     grid[0][-1].legend(fontsize=8)
     grid[1][-1].legend(fontsize=8)
     return figure
@@ -136,13 +137,12 @@ PLOTS: dict[str, tuple[str, Plot]] = {
 
 
 def _draw_timeline(held: Axes, copies: Axes, run: RunResult) -> None:
-    line = {name: np.asarray(column) for name, column in run.timeline.items()}
+    line = run.timeline
     held.plot(line["time_s"], line["device_blocks"], label="device", lw=1)
     held.plot(line["time_s"], line["host_blocks"], label="host", lw=1)
     held.set_title(f"{run.system}, load {run.load:g}", fontsize=10)
-    seconds = np.maximum(np.diff(line["time_s"]), 1e-9)
     for name, label in (("blocks_out", "out"), ("blocks_in", "in")):
-        copies.plot(line["time_s"][1:], np.diff(line[name]) / seconds, label=label, lw=1)
+        copies.plot(line["time_s"], line[name], label=label, lw=1)
     copies.set_xlabel("s")
 
 
@@ -184,6 +184,12 @@ def values_of(runs: Sequence[RunResult], system: str, load: float | None, path: 
     """A figure of a system at a load, from every seed that has it."""
     found = [value_of(run, path) for run in runs if (run.system, run.load) == (system, load)]
     return [value for value in found if value is not None]
+
+
+def line_of(system: str, systems: Sequence[str]) -> dict[str, Any]:
+    """How a line is drawn: the first ones wider, so that none hides another."""
+    drawn_after = len(systems) - 1 - systems.index(system)
+    return {"color": colour(system), "label": system, "lw": 1.3 + 0.6 * drawn_after, "ms": 4}
 
 
 def plain_numbers(axis: Axis, digits: tuple[int, ...] = (1, 2, 5)) -> None:

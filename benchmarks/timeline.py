@@ -23,10 +23,12 @@ class Timeline:
         self._rows: list[tuple[float, ...]] = []
         self._distance = 1
         self._steps = 0
+        self._now_s = 0.0
 
     def sample(self, now_s: float) -> None:
         """A step ended."""
         self._steps += 1
+        self._now_s = now_s
         if self._steps % self._distance:
             return
         self._rows.append((now_s, *self._state()))
@@ -35,8 +37,11 @@ class Timeline:
             self._distance *= 2
 
     def columns(self) -> dict[str, list[float]]:
-        """Samples by column, in order of time; the last two of `COLUMNS` count up."""
-        return dict(zip(COLUMNS, (list(c) for c in zip(*self._rows, strict=True)), strict=False))
+        """Samples by column, the last step's too; the last two of `COLUMNS` count up."""
+        rows = list(self._rows)
+        if self._steps % self._distance:
+            rows.append((self._now_s, *self._state()))
+        return dict(zip(COLUMNS, (list(c) for c in zip(*rows, strict=True)), strict=False))
 
     def _state(self) -> tuple[float, ...]:
         # One block is vLLM's null block, which nobody uses.

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.figures.catalogue import OURS
 from benchmarks.figures.measure import Measured
 from benchmarks.figures.search import COMMON_LOADS, LIMITS
-from benchmarks.plots import colour, plain_numbers, values_of
+from benchmarks.plots import line_of, plain_numbers, values_of
 from benchmarks.systems import BASELINE
 from benchmarks.tables import Table, cell, compare, loads_of
 
@@ -70,7 +70,7 @@ def plot(settings: Sequence[Measured]) -> Figure:
             ]
             x = [load for load, values in found if values]
             y = [statistics.median(values) for _, values in found if values]
-            axes.plot(x, y, marker="o", ms=4, color=colour(system), label=system)
+            axes.plot(x, y, marker="o", **line_of(system, measured.setting.systems))
         limit = 0.95 if goal.steps is None else 1000 * goal.steps * measured.token_s
         axes.axhline(limit, color="grey", ls="--", lw=1)
         axes.set_title(f"{measured.setting.name}\n{goal.title}", fontsize=9)

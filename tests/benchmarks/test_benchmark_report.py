@@ -47,9 +47,10 @@ def point(system, load, seed=0, slow=1.0):
     )
 
 
-@pytest.fixture
-def folder(tmp_path):
-    store = Store(tmp_path / "kv", CONFIG)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Points of two systems at two loads with two seeds."""
+    store = Store(tmp_path_factory.mktemp("points") / "kv", CONFIG)
     for seed in (0, 1):
         store.save(point("vllm-fcfs", None, seed))
         for load in (0.5, 1.2):
@@ -58,27 +59,33 @@ def folder(tmp_path):
     return store.folder
 
 
-def test_the_page_is_whole_in_itself(folder, tmp_path):
+@pytest.fixture(scope="module")
+def written(folder, tmp_path_factory):
+    """The report of these points."""
+    out = tmp_path_factory.mktemp("report")
+    assert report.main([str(folder), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_page_is_whole_in_itself(written):
     """Every plot and table is in it, and nothing is fetched."""
-    assert report.main([str(folder), "--out", str(tmp_path / "out")]) == 0
-    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    page = (written / "index.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml;base64,") == len(PLOTS)
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "<td>fastserve</td>" in page
     assert len(page) < 3_000_000
 
 
-def test_markdown_shows_plots_and_tables(folder, tmp_path, capsys):
+def test_markdown_shows_plots_and_tables(folder, written, capsys):
     """Each plot is a PNG file beside it; the tables are those that are printed."""
-    out = tmp_path / "out"
-    report.main([str(folder), "--out", str(out)])
-    text = (out / "report.md").read_text(encoding="utf-8")
+    text = (written / "report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"\]\((.*\.png)\)", text)
     assert pictures == [f"kv-{name}.png" for name in PLOTS]
-    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    report.main([str(folder)])
     table = next(line for line in capsys.readouterr().out.splitlines() if "fastserve" in line)
     assert table in text
-    document = json.loads((out / "report.json").read_text(encoding="utf-8"))["kv"]
+    document = json.loads((written / "report.json").read_text(encoding="utf-8"))["kv"]
     assert document["output_check"]["identical"]
 
 
@@ -115,14 +122,16 @@ def stock_scheduler():
 
 @pytest.mark.parametrize("steps", [1, SAMPLES, 2 * SAMPLES, 100 * SAMPLES + 7])
 def test_a_timeline_is_bounded_and_even(steps):
-    """However many steps: never twice `SAMPLES`, at equal distances."""
+    """However many steps: at most twice `SAMPLES`, at equal distances but for the last step."""
     timeline = Timeline(stock_scheduler())
     for step in range(1, steps + 1):
         timeline.sample(float(step))
     times = timeline.columns()["time_s"]
-    assert len(times) < 2 * SAMPLES
-    assert len({later - earlier for earlier, later in pairwise(times)}) <= 1
-    assert times[-1] > steps - 2 * steps / SAMPLES - 1
+    assert len(times) <= 2 * SAMPLES
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert len(set(gaps[:-1])) <= 1
+    assert gaps == sorted(gaps, reverse=True)
+    assert times[-1] == steps
 
 
 def test_a_timeline_counts_blocks_in_use():

@@ -19,7 +19,11 @@ def step(new=(), **tokens):
         SimpleNamespace(req_id=name, prompt_token_ids=[7] * prompt, num_computed_tokens=computed)
         for name, prompt, computed in new
     ]
-    return SimpleNamespace(scheduled_new_reqs=started, num_scheduled_tokens=tokens)
+    return SimpleNamespace(
+        scheduled_new_reqs=started,
+        scheduled_cached_reqs=SimpleNamespace(num_computed_tokens=[]),
+        num_scheduled_tokens=tokens,
+    )
 
 
 def test_clock_moves_only_forward():

@@ -134,10 +134,13 @@ class SkipJoinMlfq:
         moved = []
         for job in self._pop_expired():
             self._settle(job)
+            # By the clock, not by what was attained: sums of that may fall short by rounding.
+            used_up = job.turn_s is None
             if job.turn_s is not None:
                 self._end_turn(job)
                 moved.append(job)
-            if job.attained_service_s >= self._quantum_s(job):
+                used_up = job.attained_service_s >= self._quantum_s(job)
+            if used_up:
                 if job.level < self.ladder.last_level:
                     self._move(job, job.level + 1)
                     self.demotions += 1

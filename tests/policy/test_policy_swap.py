@@ -443,9 +443,9 @@ class TestCost:
         "ageing", [AbsoluteAgeing(64.0), RelativeAgeing(4.0, gap_s=2.0, limit_s=64.0, most_turns=3)]
     )
     def test_a_decision_asks_about_few_jobs(self, idle_blocks, ageing):
-        """Twenty times the jobs on the host and on the device: not one question more."""
+        """Twenty times the jobs on the host and on the device: as many questions."""
         few, many = (self.decide(n, ageing, idle_blocks=idle_blocks) for n in (1000, 20_000))
-        assert 0 < many <= few + 8
+        assert 0 < many <= 1.1 * few
         assert few < 300
 
     def test_no_decision_asks_nothing(self):

@@ -10,6 +10,9 @@ import fastserve_vllm
 
 PACKAGE = Path(fastserve_vllm.__file__).parent
 POLICY = sorted(f"fastserve_vllm.policy.{path.stem}" for path in PACKAGE.glob("policy/[a-z]*.py"))
+SIMULATOR = sorted(
+    f"fastserve_vllm.simulator.{path.stem}" for path in PACKAGE.glob("simulator/[a-z]*.py")
+)
 KV_SWAP = [
     "fastserve_vllm.kv_swap.counters",
     "fastserve_vllm.kv_swap.host_copy",
@@ -20,7 +23,7 @@ KV_SWAP = [
     "fastserve_vllm.kv_swap.swap_plan",
     "fastserve_vllm.kv_swap.transfers",
 ]
-PURE = ["fastserve_vllm", "fastserve_vllm.config", "fastserve_vllm.metrics", *KV_SWAP, *POLICY]
+PURE = ["fastserve_vllm", "fastserve_vllm.config", "fastserve_vllm.metrics", *KV_SWAP, *POLICY, *SIMULATOR]
 
 BLOCKED = """
 import sys

@@ -38,6 +38,7 @@ class Record:
     due_number: int = 0
     turn_s: float | None = None
     turn_entry: int = 0
+    turn_tokens: int = 0
     turn_ran_s: float = 0.0
 
     @property
@@ -111,9 +112,10 @@ class NaiveMlfq:
         record = self.records[job]
         record.running, record.due_s = True, None
         if record.turn_s is not None:
-            # One step, or the time that the first token takes and a quarter more.
+            # One step, or the time that the first token is said to take.
             queued = job.state is JobState.QUEUED
-            record.turn_s, record.turn_ran_s = (1.25 * job.first_step_s if queued else 0.0), 0.0
+            record.turn_s, record.turn_ran_s = (job.first_step_s if queued else 0.0), 0.0
+            record.turn_tokens = job.next_tokens if queued else 0
 
     def stop(self, job: Job, now_s: float) -> None:
         record = self.records[job]
@@ -133,6 +135,11 @@ class NaiveMlfq:
                     over.append(record)
         for record in sorted(over, key=lambda r: (self.left_s(r), r.arrival)):
             if record.turn_s is not None:
+                before, record.turn_tokens = record.turn_tokens, record.job.next_tokens
+                if record.turn_tokens < before:
+                    # It may be on the way to its first token still: one more step.
+                    record.turn_s, record.turn_ran_s = 0.0, 0.0
+                    continue
                 record.turn_s = None
                 self._settle_place(record)
             if record.attained_s >= self.quantum_s(record):
@@ -227,7 +234,8 @@ class CheckedMlfq(SkipJoinMlfq):
         for job, record in self.naive.records.items():
             if record.running:
                 self.excused_s.pop(job, None)
-                assert self.naive.left_s(record) > 0, f"I3: {job} after its charge"
+                left_s = self.naive.left_s(record)
+                assert left_s > 0 or record.turn_s == 0.0, f"I3: {job} after its charge"
         return moved
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:

@@ -337,7 +337,7 @@ class TestTurns:
         assert stage.planner.policy.late_turns == 1
 
     def test_a_turn_without_kv_cache_lasts_until_the_first_token(self):
-        """The time that the first token is known to take, and a quarter more."""
+        """The time that it is said to take, and until a step leaves as much to do as was before."""
         stage = self.stage(ratio=0.0, gap_s=2.0)
         self.run(stage, 1)
         job = stage.jobs["b"]

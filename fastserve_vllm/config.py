@@ -4,9 +4,9 @@ Every field states its unit and why its default is what it is. A wrong key, type
 `ConfigError` at construction, naming the field and what it accepts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -17,6 +17,7 @@ Objective = Literal["balanced", "smooth", "paper"]
 AgeingRule = Literal["relative", "absolute"]
 POLICY_NAMES: tuple[str, ...] = get_args(PolicyName)
 
+_ACCEPTS = "Input should be "
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -64,7 +65,7 @@ class FastServeConfig:
     is known to take) before it gets a turn, where that costs more than a batch place. None: 10;
     `smooth`: 0, which lets nobody wait for longer than `max_token_gap_s`."""
 
-    starvation_limit_s: float | Literal["off"] | None = Field(default=None)
+    starvation_limit_s: Annotated[float, Field(gt=0)] | Literal["off"] | None = None
     """Seconds a request may wait for its next turn at most, and `off` to let it wait for ever.
     None: 3; `paper`: 0.3, from section 4.1."""
 
@@ -105,7 +106,7 @@ class FastServeConfig:
         try:
             return cls(**(raw or {}))
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
+            raise ConfigError("; ".join(_explain(cls, error.errors()))) from None
         except TypeError as error:
             raise ConfigError(f"fastserve_config must be a mapping of names: {error}") from None
 
@@ -114,10 +115,24 @@ class FastServeConfig:
         return asdict(self)
 
 
-def _explain(cls: type, error: Any) -> str:
-    """One sentence for a pydantic error: field, what it accepts, what was given."""
-    name = ".".join(str(part) for part in error["loc"][:1])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = ", ".join(sorted(f.name for f in fields(cls)))
-        return f"fastserve_config.{name} is not a known key; known keys are: {known}"
-    return f"fastserve_config.{name}: {error['msg']} (got {error['input']!r})"
+def _explain(cls: type, errors: Iterable[Any]) -> list[str]:
+    """One sentence for each field that pydantic refused: what it accepts, what was given.
+
+    Of a field that accepts several types, pydantic says for each why it is not that.
+    """
+    refused: dict[str, list[Any]] = {}
+    for error in errors:
+        refused.setdefault(".".join(str(part) for part in error["loc"][:1]), []).append(error)
+    sentences = []
+    for name, [first, *others] in refused.items():
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = ", ".join(sorted(f.name for f in fields(cls)))
+            sentences.append(
+                f"fastserve_config.{name} is not a known key; known keys are: {known}"
+            )
+            continue
+        accepts = [first["msg"], *(other["msg"].removeprefix(_ACCEPTS) for other in others)]
+        sentences.append(
+            f"fastserve_config.{name}: {' or '.join(accepts)} (got {first['input']!r})"
+        )
+    return sentences

@@ -35,7 +35,7 @@ class AbsoluteAgeing:
 
 @dataclass(frozen=True, slots=True)
 class RelativeAgeing:
-    """Who has waited long for what it has had gets a turn: the time to compute one token.
+    """Who has waited long for what it has had gets a turn: the time to compute a token.
 
     A job whose KV cache is on the device may wait for the gap bound: its turn costs a batch place
     for a step. To serve any other, KV cache has to move or to be computed, and that takes the

@@ -62,6 +62,8 @@ class Job:
     """Seconds by which its quantum is longer, in the level that it joined."""
     turn_s: float | None = None
     """Seconds of the turn that ageing has given it; None: it has none."""
+    turn_tokens: int = 0
+    """Tokens that stood between it and its first one when that was last looked at in a turn."""
     running_since_s: float = 0.0
     """Reading of the policy's service clock when the job last started to run."""
     waiting_since_s: float = 0.0

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count
+from operator import neg
 from typing import Protocol
 
 from fastserve_vllm.policy.job import Job, JobState
@@ -11,7 +12,10 @@ from fastserve_vllm.policy.queues import ReadyQueue
 _SLACK = 64
 _QUIET_STEPS = 256
 
-_Entry = tuple[float, int, Job, tuple[float, ...], float]
+# What has a turn forms a group of its own, with the smallest ENST of all.
+_TURN_LEVEL = -1
+
+_Entry = tuple[tuple[float, ...], int, Job, tuple[float, ...], float]
 
 
 class Forecast(Protocol):
@@ -86,11 +90,11 @@ class Leavers:
         return found
 
     def _add(self, job: Job) -> None:
-        # Who has a turn forms a group of its own, with the smallest ENST of all.
-        group = self._groups.setdefault((job.priority, int(job.key[1])), ([], []))
-        number = next(self._numbers)
-        for heap, rank in zip(group, (job.key[2], job.waiting_since_s), strict=True):
-            heapq.heappush(heap, (-rank, number, job, job.key, job.waiting_since_s))
+        level = _TURN_LEVEL if job.turn_s is not None else job.level
+        by_key, by_wait = self._groups.setdefault((job.priority, level), ([], []))
+        rest = (next(self._numbers), job, job.key, job.waiting_since_s)
+        heapq.heappush(by_key, (tuple(map(neg, job.key)), *rest))
+        heapq.heappush(by_wait, ((-job.waiting_since_s,), *rest))
 
     def _rebuild(self) -> None:
         self._groups.clear()

@@ -13,8 +13,6 @@ from fastserve_vllm.policy.quantum import QuantumLadder
 _due = itemgetter(0)
 # What has a turn stands above all levels of its priority class.
 _TURN_LEVEL = -1
-# A turn lasts until the first token; predictions of that are a little off.
-_TURN_MARGIN = 1.25
 
 
 class SkipJoinMlfq:
@@ -115,7 +113,8 @@ class SkipJoinMlfq:
         job.running_since_s = self._service_s
         if job.turn_s is not None:
             prefills = job.state is JobState.QUEUED
-            job.turn_s = _TURN_MARGIN * job.first_step_s if prefills else 0.0
+            job.turn_s = job.first_step_s if prefills else 0.0
+            job.turn_tokens = job.next_tokens if prefills else 0
         self._schedule_expiry(job)
 
     def stop(self, job: Job, now_s: float) -> None:
@@ -135,10 +134,13 @@ class SkipJoinMlfq:
         moved = []
         for job in self._pop_expired():
             self._settle(job)
-            if job.turn_s is not None:
+            # By the clock, not by what was attained: sums of that may fall short by rounding.
+            used_up = job.turn_s is None
+            if job.turn_s is not None and not self._extend_turn(job):
                 self._end_turn(job)
                 moved.append(job)
-            if job.attained_service_s >= self._quantum_s(job):
+                used_up = job.attained_service_s >= self._quantum_s(job)
+            if used_up:
                 if job.level < self.ladder.last_level:
                     self.level_demotions[job.level] += 1
                     self._move(job, job.level + 1)
@@ -334,6 +336,20 @@ class SkipJoinMlfq:
             job.key = (job.priority, _TURN_LEVEL, next(self._entries), job.arrival)
             raised.append(job)
         return raised
+
+    @staticmethod
+    def _extend_turn(job: Job) -> bool:
+        """Give the job one more step where it may not have had its first token yet.
+
+        Predictions err. Where only one of two prompts fits and both turns end too early, neither
+        gets anywhere, for ever. What is left of a prefill shrinks with every step, a decode is
+        always as long: so the turn ends once a step has left as much to compute as was before.
+        """
+        before, job.turn_tokens = job.turn_tokens, job.next_tokens
+        if job.next_tokens >= before:
+            return False
+        job.turn_s = 0.0
+        return True
 
     def _end_turn(self, job: Job) -> None:
         self._num_turns -= 1

@@ -1,9 +1,11 @@
 """What the policy is checked against: the same laws, written the slow and obvious way."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing
 from fastserve_vllm.policy.budget import StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
@@ -15,16 +17,50 @@ by_key = attrgetter("key")
 
 @dataclass(eq=False)
 class Record:
-    """A job as the naive policy sees it."""
+    """A job as the naive policy sees it.
 
-    priority: int
+    `due_s` is when somebody next looks whether it has waited for too long; None: nobody will.
+    `turn_s` is None where it has no turn, and infinite before its turn begins.
+    """
+
+    job: Job
     arrival: int
+    joined_s: float
     level: int = 0
-    place: int = 0
+    grace_s: float = 0.0
+    entry: int = 0
+    place: float = 0.0
     attained_s: float = 0.0
+    served_s: float = 0.0
     running: bool = False
     waiting_since_s: float = 0.0
-    wait_number: int = 0
+    due_s: float | None = None
+    due_number: int = 0
+    turn_s: float | None = None
+    turn_entry: int = 0
+    turn_tokens: int = 0
+    turn_ran_s: float = 0.0
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """Its place among all: priority class, turns, level, place in the level, arrival."""
+        priority = self.job.priority
+        if self.turn_s is not None:
+            return (priority, -1, self.turn_entry)
+        return (priority, self.level, self.place, self.arrival)
+
+
+def naive_patience_s(ageing: Ageing, base_s: float, job: Job, served_s: float) -> float:
+    """Seconds that a job waits at most, in the state that it is in."""
+    if isinstance(ageing, AbsoluteAgeing):
+        return ageing.limit_s
+    gap_s = max(ageing.gap_s, ageing.gap_quanta * base_s)
+    cost_s = 0.0
+    if job.state not in (JobState.PAUSED, JobState.RUNNING):
+        cost_s = ageing.ratio * max(served_s, job.first_step_s)
+    if job.state is JobState.QUEUED:
+        cost_s = max(cost_s, 10 * job.first_step_s)
+    return sorted([min(gap_s, ageing.limit_s), cost_s, ageing.limit_s])[1]
 
 
 class NaiveMlfq:
@@ -33,77 +69,137 @@ class NaiveMlfq:
     def __init__(self, policy: SkipJoinMlfq) -> None:
         self.policy = policy
         self.records: dict[Job, Record] = {}
-        self.arrivals = self.entries = self.waits = 0
-        self.demotions = self.promotions = 0
+        self.arrivals = self.entries = self.looks = 0
+        self.demotions = self.promotions = self.turns = 0
 
     @property
     def ladder(self) -> QuantumLadder:
         return self.policy.ladder
 
+    @property
+    def last(self) -> int:
+        return self.ladder.num_levels - 1
+
     def order(self) -> list[Job]:
         """All jobs, first to run first."""
-        keys = {job: (r.priority, r.level, r.place) for job, r in self.records.items()}
-        return sorted(keys, key=keys.get)
+        return sorted(self.records, key=lambda job: self.records[job].rank)
+
+    def quantum_s(self, record: Record) -> float:
+        return self.ladder.quanta_s[record.level] + record.grace_s
+
+    def left_s(self, record: Record) -> float:
+        """What is left of a running job's turn, or of its quantum."""
+        if record.turn_s is not None:
+            return record.turn_s - record.turn_ran_s
+        return self.quantum_s(record) - record.attained_s
 
     def join(self, job: Job, now_s: float) -> None:
-        record = self.records[job] = Record(job.priority, self.arrivals)
+        record = self.records[job] = Record(job, self.arrivals, now_s)
         self.arrivals += 1
         level = 0
-        while self.policy.skip_join and self.ladder.quanta_s[level] < job.first_step_s:
-            level += 1
+        if self.policy.skip_join:
+            while level < self.last - 1 and self.ladder.quanta_s[level] < job.first_step_s:
+                level += 1
         self._enter(record, level)
+        if self.policy.skip_join and job.first_step_s > self.ladder.quanta_s[level]:
+            record.grace_s = job.first_step_s - self.ladder.quanta_s[level]
         self._wait(record, now_s)
 
     def leave(self, job: Job) -> None:
         del self.records[job]
 
     def start(self, job: Job) -> None:
-        self.records[job].running = True
+        record = self.records[job]
+        record.running, record.due_s = True, None
+        if record.turn_s is not None:
+            # One step, or the time that the first token is said to take.
+            queued = job.state is JobState.QUEUED
+            record.turn_s, record.turn_ran_s = (job.first_step_s if queued else 0.0), 0.0
+            record.turn_tokens = job.next_tokens if queued else 0
 
     def stop(self, job: Job, now_s: float) -> None:
-        self.records[job].running = False
-        self._wait(self.records[job], now_s)
+        record = self.records[job]
+        record.running = False
+        if record.turn_s is None:
+            self._settle_place(record)
+        self._wait(record, now_s)
 
     def charge(self, step_s: float) -> None:
-        due = []
+        over = []
         for record in self.records.values():
-            quantum_s = self.ladder.quanta_s[record.level]
             if record.running:
                 record.attained_s += step_s
-                if record.attained_s >= quantum_s:
-                    due.append((quantum_s - record.attained_s, record.arrival, record))
-        waiting = sum(not record.running for record in self.records.values())
-        for _, _, record in sorted(due):
-            if record.level < self.policy.arrival_level or waiting > self.policy.pressure_jobs:
+                record.served_s += step_s
+                record.turn_ran_s += step_s
+                if self.left_s(record) <= 0:
+                    over.append(record)
+        for record in sorted(over, key=lambda r: (self.left_s(r), r.arrival)):
+            if record.turn_s is not None:
+                before, record.turn_tokens = record.turn_tokens, record.job.next_tokens
+                if record.turn_tokens < before:
+                    # It may be on the way to its first token still: one more step.
+                    record.turn_s, record.turn_ran_s = 0.0, 0.0
+                    continue
+                record.turn_s = None
+                self._settle_place(record)
+            if record.attained_s >= self.quantum_s(record):
                 self._enter(record, record.level + 1)
                 self.demotions += 1
-            record.attained_s = 0.0
 
     def promote_starved(self, now_s: float) -> None:
-        limit_s, allowed = self.policy.starvation_limit_s, self.policy.max_promotions
-        starved = [
-            record
-            for job, record in self.records.items()
-            if not record.running
-            and record.level > 0
-            and limit_s is not None
-            and now_s - record.waiting_since_s >= limit_s
-            and (job.state is not JobState.QUEUED or 2 * job.first_step_s < limit_s)
-        ]
-        for record in sorted(starved, key=attrgetter("wait_number"))[:allowed]:
+        while due := [r for r in self.records.values() if r.due_s is not None and r.due_s <= now_s]:
+            record = min(due, key=attrgetter("due_s", "due_number"))
+            if isinstance(self.policy.ageing, AbsoluteAgeing):
+                self._promote(record, self.policy.ageing.limit_s)
+            elif not self._take_turn(record, now_s):
+                break
+
+    def _promote(self, record: Record, limit_s: float) -> None:
+        record.due_s = None
+        endless = record.job.state is JobState.QUEUED and 2 * record.job.first_step_s >= limit_s
+        if record.level > 0 and not endless:
             self._enter(record, 0)
             self.promotions += 1
 
+    def _take_turn(self, record: Record, now_s: float) -> bool:
+        """Look at who falls due first; False where there is no turn left to give."""
+        ageing = self.policy.ageing
+        patience_s = naive_patience_s(ageing, self.ladder.base_s, record.job, record.served_s)
+        due_s = record.waiting_since_s + patience_s
+        if due_s > now_s:
+            self._look_again(record, due_s)
+            return True
+        if sum(r.turn_s is not None for r in self.records.values()) >= ageing.most_turns:
+            return False
+        self.entries += 1
+        record.due_s, record.turn_s, record.turn_entry = None, math.inf, self.entries
+        self.turns += 1
+        return True
+
     def _enter(self, record: Record, level: int) -> None:
-        record.level, record.attained_s = level, 0.0
-        record.place = record.arrival
-        if level < self.policy.arrival_level:
-            self.entries += 1
-            record.place = self.entries
+        self.entries += 1
+        record.level, record.entry = level, self.entries
+        record.attained_s = record.grace_s = 0.0
+        self._settle_place(record)
+
+    def _settle_place(self, record: Record) -> None:
+        """The tail of its level; in the last one, older is earlier, and service makes older."""
+        record.place = record.entry
+        if record.level == self.last:
+            record.place = record.joined_s - self.policy.service_weight * record.served_s
 
     def _wait(self, record: Record, now_s: float) -> None:
-        self.waits += 1
-        record.waiting_since_s, record.wait_number = now_s, self.waits
+        record.waiting_since_s = now_s
+        ageing = self.policy.ageing
+        if isinstance(ageing, AbsoluteAgeing):
+            self._look_again(record, now_s + ageing.limit_s)
+        elif ageing is not None and record.turn_s is None:
+            gap_s = max(ageing.gap_s, ageing.gap_quanta * self.ladder.base_s)
+            self._look_again(record, now_s + min(gap_s, ageing.limit_s))
+
+    def _look_again(self, record: Record, due_s: float) -> None:
+        self.looks += 1
+        record.due_s, record.due_number = due_s, self.looks
 
 
 class CheckedMlfq(SkipJoinMlfq):
@@ -134,13 +230,13 @@ class CheckedMlfq(SkipJoinMlfq):
 
     def charge(self, step_s: float) -> Sequence[Job]:
         self._check_transitions(lambda: self.naive.charge(step_s), promotes=False)
-        demoted = super().charge(step_s)
+        moved = super().charge(step_s)
         for job, record in self.naive.records.items():
             if record.running:
                 self.excused_s.pop(job, None)
-                quantum_s = self.ladder.quanta_s[record.level]
-                assert record.attained_s < quantum_s, f"I3: {job} after its charge"
-        return demoted
+                left_s = self.naive.left_s(record)
+                assert left_s > 0 or record.turn_s == 0.0, f"I3: {job} after its charge"
+        return moved
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         self._check_transitions(lambda: self.naive.promote_starved(now_s), promotes=True)
@@ -150,27 +246,48 @@ class CheckedMlfq(SkipJoinMlfq):
         super().set_ladder(ladder, running)
         self.excused_s = {job: record.attained_s for job, record in self.naive.records.items()}
 
-    def compare(self) -> None:
-        """The lazily charged clock says what charging everybody says; I2 and I3 hold."""
-        records = self.naive.records
+    def stop_ageing(self) -> None:
+        """From now on nobody falls due."""
+        self.ageing = None
+        for job, record in self.naive.records.items():
+            record.due_s = None
+            self._waiting.discard(job)
+
+    def compare(self, now_s: float) -> None:
+        """What is kept lazily says what looking at everybody says; I2, I3 and turns hold."""
+        naive, records = self.naive, self.naive.records
         self.check_integrity(records)
-        assert sorted(records, key=by_key) == self.naive.order()
-        assert (self.demotions, self.promotions) == (self.naive.demotions, self.naive.promotions)
+        assert sorted(records, key=by_key) == naive.order()
+        assert (self.demotions, self.promotions) == (naive.demotions, naive.promotions)
+        assert self.turns == naive.turns
         for job, record in records.items():
             assert record.running == (job.state is JobState.RUNNING)
             assert job.level == record.level, f"I2: {job}"
             assert self.attained_service_s(job) == record.attained_s, f"I3: {job}"
-            allowed_s = max(self.ladder.quanta_s[job.level], self.excused_s.get(job, 0.0))
-            assert record.attained_s <= allowed_s, f"I3: {job}"
+            assert self._total_service_s(job) == record.served_s, f"I3: {job}"
+            assert (job.turn_s is None) == (record.turn_s is None), f"I6: {job}"
+            allowed_s = max(naive.quantum_s(record), self.excused_s.get(job, 0.0))
+            assert record.turn_s is not None or record.attained_s <= allowed_s, f"I3: {job}"
+        holders = sum(record.turn_s is not None for record in records.values())
+        assert holders <= getattr(self.ageing, "most_turns", holders), "I6"
+        due_s = min((r.due_s for r in records.values() if r.due_s is not None), default=math.inf)
+        calm_s = min((naive.left_s(r) for r in records.values() if r.running), default=math.inf)
+        assert self.calm_s(now_s) == min(calm_s, due_s - now_s)
+        assert self.overdue_s(now_s) == max(now_s - due_s, 0.0)
 
     def _check_transitions(self, change, *, promotes: bool) -> None:
-        """I2: `change` moves jobs by promotion to level 0 or by demotion of exactly one level."""
+        """I2: `change` moves jobs by promotion to level 0 or by demotion of exactly one level.
+
+        A turn changes no level.
+        """
         before = {job: record.level for job, record in self.naive.records.items()}
+        promotes_at_all = promotes and isinstance(self.ageing, AbsoluteAgeing)
         change()
         for job, level in before.items():
             record = self.naive.records[job]
             if promotes:
-                assert record.level == level or (record.level == 0 and not record.running), "I2"
+                raised = promotes_at_all and record.level == 0 and not record.running
+                assert record.level == level or raised, "I2"
             else:
                 assert record.level - level in ({0, 1} if record.running else {0}), "I2"
 
@@ -235,8 +352,13 @@ def naive_execute_s(
 
 
 def naive_enst_s(policy: SkipJoinMlfq, jobs: Iterable[Job], job: Job, batch: int, now_s: float):
-    """ENST of the job; one that runs is not promoted."""
+    """ENST of the job: now if it has a turn; one that runs without any is not raised."""
     execute_s = naive_execute_s(policy.ladder, jobs, job.level, batch)
-    if job.state is JobState.RUNNING or policy.starvation_limit_s is None:
+    if job.state is JobState.RUNNING:
         return execute_s
-    return min(max(policy.starvation_limit_s - (now_s - job.waiting_since_s), 0.0), execute_s)
+    if job.turn_s is not None:
+        return 0.0
+    if policy.ageing is None:
+        return execute_s
+    patience_s = naive_patience_s(policy.ageing, policy.ladder.base_s, job, job.served_s)
+    return min(max(patience_s - (now_s - job.waiting_since_s), 0.0), execute_s)

@@ -2,19 +2,24 @@
 
 import random
 
+import pytest
 from fake_host import TICK_S, FakeHost, Stage, make_job, names
 
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.quantum import QuantumLadder
 
+AGEING = [
+    AbsoluteAgeing(40 * TICK_S),
+    RelativeAgeing(ratio=4.0, gap_s=8 * TICK_S, limit_s=40 * TICK_S, most_turns=2),
+]
 
-def run(seed: int, **options: object) -> list[tuple[str, ...]]:
-    """Plans of a busy trace: arrivals, stalls, finishes, promotions one at a time."""
+
+def run(seed: int, ageing: Ageing, **options: object) -> list[tuple[str, ...]]:
+    """Plans of a busy trace: arrivals, stalls, finishes, and ageing."""
     dice = random.Random(seed)
-    policy = SkipJoinMlfq(
-        QuantumLadder(TICK_S, 2.0, 6), starvation_limit_s=40 * TICK_S, max_promotions=1
-    )
+    policy = SkipJoinMlfq(QuantumLadder(TICK_S, 2.0, 6), ageing=ageing, service_weight=4.0)
     host = FakeHost(num_blocks=90)
     planner = StepPlanner(policy, host)
     clutter, plans, now_s = [], [], 0.0
@@ -38,31 +43,33 @@ def run(seed: int, **options: object) -> list[tuple[str, ...]]:
     return plans
 
 
-def test_plans_do_not_depend_on_memory_addresses():
+@pytest.mark.parametrize("ageing", AGEING)
+def test_plans_do_not_depend_on_memory_addresses(ageing):
     """Two runs of a trace give the same plans, in content and in order."""
     for seed in range(3):
         for overlapping in (False, True):
-            first = run(seed, overlapping=overlapping)
+            first = run(seed, ageing, overlapping=overlapping)
             keep = [make_job("x") for _ in range(seed * 7 + 1)]
-            assert run(seed, overlapping=overlapping) == first
+            assert run(seed, ageing, overlapping=overlapping) == first
             del keep
 
 
 def test_the_trace_preempts():
     """The trace of these tests pauses, recomputes and resumes."""
-    plans = run(0, overlapping=True)
+    plans = run(0, AGEING[1], overlapping=True)
     assert any(paused for _, _, paused, _ in plans)
     assert any(recomputed for _, _, _, recomputed in plans)
 
 
-def test_plans_do_not_depend_on_true_output_lengths():
+@pytest.mark.parametrize("ageing", AGEING)
+def test_plans_do_not_depend_on_true_output_lengths(ageing):
     """Until a job finishes, a trace of short answers and one of long answers plan the same (I8)."""
-    assert answers_of(40) == answers_of(4000)
+    assert answers_of(40, ageing) == answers_of(4000, ageing)
 
 
-def answers_of(output: int) -> list[str]:
+def answers_of(output: int, ageing: Ageing) -> list[str]:
     """Batches of the first 40 steps of jobs with answers this long."""
-    policy = SkipJoinMlfq(QuantumLadder(TICK_S, 2.0, 6), starvation_limit_s=20 * TICK_S)
+    policy = SkipJoinMlfq(QuantumLadder(TICK_S, 2.0, 6), ageing=ageing, service_weight=4.0)
     stage = Stage(policy, num_blocks=60)
     batches = []
     for step in range(40):

@@ -9,8 +9,9 @@ from fake_swap import MODES, MOVING, SwapHost, make_planner
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from reference import CheckedMlfq, ReferencePlan, by_key, reference_plan
+from reference import CheckedMlfq, ReferencePlan, reference_plan
 
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.budget import StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -36,16 +37,33 @@ def step_options(draw) -> dict[str, object]:
     }
 
 
+def random_ageing(dice: random.Random) -> Ageing | None:
+    """No ageing, the absolute rule, or the relative one with any figures; all times are exact."""
+    limit_s = dice.choice([16, 64, 256]) * TICK_S
+    relative = RelativeAgeing(
+        ratio=dice.choice([0.0, 1.0, 4.0]),
+        gap_s=dice.choice([1, 8, 32]) * TICK_S,
+        limit_s=limit_s,
+        most_turns=dice.randint(1, 3),
+        gap_quanta=dice.choice([0.0, 2.0]),
+    )
+    return dice.choice([None, AbsoluteAgeing(limit_s), relative, relative])
+
+
+@st.composite
+def ageings(draw) -> Ageing | None:
+    """Any ageing."""
+    return random_ageing(random.Random(draw(seeds)))
+
+
 class PolicyMachine(RuleBasedStateMachine):
     """Everything that can happen to a job, in any order, on a device of any size."""
 
     @initialize(
         base=st.integers(1, 8),
         levels=st.integers(1, 5),
-        steady=st.integers(1, 5),
-        pressure=st.integers(0, 4),
-        limit=st.sampled_from([None, 16, 64, 256]),
-        promotions=st.sampled_from([None, 1, 2]),
+        ageing=ageings(),
+        weight=st.sampled_from([0.0, 1.0, 8.0]),
         skip_join=st.booleans(),
         blocks=st.integers(18, 60),
         slots=st.sampled_from([None, 1, 3, 8]),
@@ -64,10 +82,8 @@ class PolicyMachine(RuleBasedStateMachine):
         self,
         base,
         levels,
-        steady,
-        pressure,
-        limit,
-        promotions,
+        ageing,
+        weight,
         skip_join,
         blocks,
         slots,
@@ -78,10 +94,8 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy = CheckedMlfq(
             QuantumLadder(base * TICK_S, 2.0, levels),
             skip_join=skip_join,
-            starvation_limit_s=None if limit is None else limit * TICK_S,
-            steady_levels=steady,
-            pressure_jobs=pressure,
-            max_promotions=promotions,
+            ageing=ageing,
+            service_weight=weight,
         )
         self.mode = mode
         self.host = SwapHost(blocks, slots, headroom, **host)
@@ -233,7 +247,7 @@ class PolicyMachine(RuleBasedStateMachine):
     @invariant()
     def integrity(self):
         self.planner.check_integrity()
-        self.policy.compare()
+        self.policy.compare(self.now_s)
         assert sum(self.planner.state_counts().values()) == len(self.planner)
         assert len(self.planner) == self.arrived - self.left
         self.host.check_integrity(self.planner)
@@ -248,7 +262,7 @@ class PolicyMachine(RuleBasedStateMachine):
         groups = leavers._groups
         for job in self.planner.jobs:
             if job.state is JobState.PAUSED:
-                for heap in groups[job.priority, job.level]:
+                for heap in groups[job.priority, -1 if job.turn_s is not None else job.level]:
                     entries = [(key, since_s) for _, _, j, key, since_s in heap if j is job]
                     assert (job.key, job.waiting_since_s) in entries, job
 
@@ -256,6 +270,8 @@ class PolicyMachine(RuleBasedStateMachine):
         """Plan a step, and check the plan; returns also the states before it."""
         limits = self.host.limits(self.planner, **options)
         states = {job: job.state for job in self.planner.jobs}
+        # Whoever stops running in the last level has another key after.
+        self.keys = {job: job.key for job in self.planner.jobs}
         declined = sum(self.planner.counters.declined.values())
         expected = reference_plan(self.planner.jobs, limits, self.host)
         plan = self.planner.plan(limits, self.now_s)
@@ -282,7 +298,7 @@ class PolicyMachine(RuleBasedStateMachine):
         assert self.mode != "recompute" or not plan.spilled
         assert self.mode == "proactive" or not (gone or plan.swapped_in)
         if expected.batch:
-            assert min(expected.batch, key=by_key) not in gone, "the first one stays"
+            assert min(expected.batch, key=self.keys.get) not in gone, "the first one stays"
 
     def check_states(self, plan, states):
         """The plan's lists agree with the state changes, and with nothing else."""
@@ -318,8 +334,8 @@ class PolicyMachine(RuleBasedStateMachine):
             for job in expected.batch
             if states[job] is JobState.QUEUED or self.host.new_blocks(job) > 0
         ]
-        first = min(needy, key=by_key)
-        assert all(first.key < victim.key for victim in expected.recomputed)
+        first = min(map(self.keys.get, needy))
+        assert all(first < self.keys[victim] for victim in expected.recomputed)
 
     def check_limits(self, plan, limits, states):
         """No limit is exceeded; blocks and tokens are checked again by the host, job by job."""
@@ -338,13 +354,13 @@ class PolicyMachine(RuleBasedStateMachine):
         """I9: who stands before a job of the batch and is not in it was told why."""
         if not plan.batch:
             return
-        last, batch = max(job.key for job in plan.batch), set(plan.batch)
+        last, batch = max(map(self.keys.get, plan.batch)), set(plan.batch)
         queued, turned_away = set(queued_jobs(self.planner)), False
         victims = set(expected.recomputed)
         gone = {*plan.swapped_out, *plan.recomputed} - victims
-        for job in sorted(expected.verdicts, key=by_key):
+        for job in sorted(expected.verdicts, key=self.keys.get):
             turned_away |= job is expected.partial
-            if job in batch or job.key > last or job in gone:
+            if job in batch or self.keys[job] > last or job in gone:
                 continue
             if expected.verdicts[job] is Verdict.DECLINED:
                 turned_away |= job in queued
@@ -359,7 +375,8 @@ class PolicyMachine(RuleBasedStateMachine):
         But for those that leave ahead of need, whose places stay empty in this step, and for those
         without KV cache behind one that has to come back: it has been promised the room.
         """
-        swapped = [job.key for job, state in states.items() if state is JobState.SWAPPED]
+        keys = self.keys
+        swapped = [keys[job] for job, state in states.items() if state is JobState.SWAPPED]
         ready = [
             job
             for job, state in states.items()
@@ -370,14 +387,14 @@ class PolicyMachine(RuleBasedStateMachine):
                 state in RESIDENT
                 or self.host.holds_kv(job)
                 or not swapped
-                or job.key < min(swapped)
+                or keys[job] < min(swapped)
             )
             and job not in expected.recomputed
         ]
-        first = sorted(ready, key=by_key)[: limits.batch_limit]
+        first = sorted(ready, key=keys.get)[: limits.batch_limit]
         wanted = sum(min(job.next_tokens, limits.prefill_chunk) for job in first)
         if wanted <= limits.token_budget:
-            assert sorted(expected.batch, key=by_key) == first
+            assert sorted(expected.batch, key=keys.get) == first
 
     # ---- helpers --------------------------------------------------------------------------
 
@@ -403,11 +420,16 @@ class PolicyMachine(RuleBasedStateMachine):
         self.left += 1
 
     def teardown(self):
-        """Left alone and not promoted, every job finishes, and nothing is left behind."""
+        """Left alone, every job finishes, and nothing is left behind.
+
+        Turns go on meanwhile: they lead somewhere. Promotion by the absolute rule ends: where
+        it sets in sooner than a step ends, nobody keeps KV cache for long enough.
+        """
         if not hasattr(self, "planner"):
             return
         self.host.stalled.clear()
-        self.policy.starvation_limit_s = None
+        if not isinstance(self.policy.ageing, RelativeAgeing):
+            self.policy.stop_ageing()
         for job in [job for job in self.planner.jobs if job.state is JobState.BLOCKED]:
             self.planner.unblock(job, self.now_s)
         steps = (
@@ -421,8 +443,8 @@ class PolicyMachine(RuleBasedStateMachine):
             steps -= 1
         assert len(self.planner) == 0, "a job never finishes"
         assert self.policy.level_sizes == [0] * self.policy.num_levels
-        assert not self.policy._waiting
-        assert self.policy._num_jobs == self.policy._num_running == 0
+        assert len(self.policy._waiting) == 0
+        assert self.policy._num_jobs == self.policy._num_running == self.policy._num_turns == 0
 
 
 PolicyMachine.TestCase.settings = settings(
@@ -438,10 +460,8 @@ def busy_trace(seed: int, mode: str) -> PolicyMachine:
     machine.build(
         base=dice.randint(1, 8),
         levels=dice.randint(2, 6),
-        steady=dice.choice([2, 6]),
-        pressure=dice.randint(0, 4),
-        limit=dice.choice([None, 64, 256]),
-        promotions=dice.choice([None, 1, 2]),
+        ageing=random_ageing(dice),
+        weight=dice.choice([0.0, 1.0, 8.0]),
         skip_join=dice.random() < 0.5,
         blocks=dice.randint(18, 50),
         slots=dice.choice([None, None, 3, 8]),

@@ -8,8 +8,9 @@ import pytest
 from fake_host import Stage, make_job
 
 from fastserve_vllm.config import FastServeConfig
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.base import Fcfs, FixedPriority
-from fastserve_vllm.policy.job import Job
+from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.make import make_ladder, make_policy
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -100,9 +101,9 @@ class TestLevels:
 
     def test_a_quantum_too_short_to_measure_ends_with_its_step(self):
         """A quantum that vanishes in the service clock's rounding does not stop the clock."""
-        policy = SkipJoinMlfq(QuantumLadder(1e-300, 2.0, 4), steady_levels=1)
+        policy = SkipJoinMlfq(QuantumLadder(1e-300, 2.0, 4))
         job = running_job(policy)
-        assert charge(policy, job, 1.0, 1.0) == [0, 0]
+        assert charge(policy, job, 1.0, 1.0, 1.0, 1.0) == [1, 2, 3, 3]
 
     def test_service_counts_over_interruptions(self):
         """What a job attained before it was paused counts when it runs again."""
@@ -118,45 +119,63 @@ class TestLevels:
         stage.spend(0.25)
         assert (stage.step(batch_limit=1), stage.jobs["a"].level) == ("a", 1)
 
-    def test_the_levels_below_the_steady_ones_open_under_pressure(self):
-        """With few waiting, a quantum in the lowest steady level is renewed."""
-        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4), steady_levels=2, pressure_jobs=2))
-        for name in "abc":
-            stage.add(name)
-        for _ in range(4):
-            stage.step(batch_limit=1)
-            stage.spend(2.0)
-        stage.planner.observe(2.0, stage.now_s)
-        levels = [job.level for job in stage.jobs.values()]
-        assert max(levels) == 1
-        stage.add("d")
-        for _ in range(4):
-            stage.step(batch_limit=1)
-            stage.spend(2.0)
-        assert max(job.level for job in stage.jobs.values()) == 2
-
-    def test_a_renewed_quantum_is_a_whole_one(self):
-        """Where the level below is closed, service before an interruption is not counted again."""
-        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 3), steady_levels=1, pressure_jobs=9)
-        job = running_job(policy)
-        charge(policy, job, 0.75)
-        policy.stop(job, now_s=0.0)
-        policy.start(job)
-        charge(policy, job, 0.5)
-        policy.pressure_jobs = -1
-        assert charge(policy, job, 0.5, 0.25, 0.25) == [0, 0, 1]
-
-    def test_the_steady_levels_end_in_arrival_order(self):
-        """From the lowest steady level down, jobs run in the order of their arrival."""
-        ladder = QuantumLadder(1.0, 2.0, 4)
-        stage = Stage(SkipJoinMlfq(ladder, steady_levels=2, pressure_jobs=5))
-        for name in "ab":
-            stage.add(name)
+    def test_the_last_level_is_served_by_age(self):
+        """Without a weight, the last level runs in the order of arrival, whoever came down last."""
+        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0, 2.0, 2)))
+        stage.add("a").first_step_s = 9.0
         order = []
-        for _ in range(6):
+        for name in "bc  ":
+            if name != " ":
+                stage.add(name)
             order.append(stage.step(batch_limit=1))
             stage.spend(1.0)
-        assert order == ["a", "b", "a", "a", "a", "a"]
+        order += [stage.step(batch_limit=1) for _ in range(2)]
+        assert order == ["a", "b", "c", "a", "a", "a"]
+
+    def test_service_makes_older_in_the_last_level(self):
+        """A second of service is worth as many seconds of age as the weight says."""
+        times = {}
+        for weight in (0.0, 1.0, 3.0):
+            policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 2), service_weight=weight)
+            stage = Stage(policy)
+            stage.add("a")
+            stage.step()
+            stage.spend(1.0)
+            stage.add("z", priority=-1, output=8)
+            for _ in range(7):
+                stage.step(batch_limit=1)
+            stage.spend(1.0)
+            young = stage.add("b")
+            stage.step(batch_limit=1)
+            policy.start(young)
+            policy.charge(3.0)
+            policy.stop(young, 5.0)
+            times[weight] = (stage.jobs["a"].key, young.key)
+        assert [young < old for old, young in times.values()] == [False, False, True]
+
+    def test_a_prompt_joins_above_the_last_level(self):
+        """However long it takes, and it is not demoted before its first token."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 3))
+        job = running_job(policy, first_step_s=10.0)
+        assert charge(policy, job, 3.0, 3.0, 3.5, 0.5) == [1, 1, 1, 2]
+
+    def test_grace_is_given_once(self):
+        """In the level that a prompt joins; the same level's quantum is an ordinary one later."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 3), ageing=AbsoluteAgeing(5.0))
+        job = running_job(policy, first_step_s=10.0)
+        charge(policy, job, 10.0)
+        policy.stop(job, now_s=0.0)
+        job.state = JobState.PAUSED
+        assert policy.promote_starved(5.0) == [job]
+        policy.start(job)
+        job.state = JobState.RUNNING
+        assert charge(policy, job, 1.0, 2.0) == [1, 2]
+
+    def test_no_grace_without_skip_join(self):
+        """The naive queues demote a prompt that takes longer than the first quantum."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 3), skip_join=False)
+        job = running_job(policy, first_step_s=10.0)
+        assert charge(policy, job, 1.0, 2.0) == [1, 2]
 
     def test_a_shorter_ladder_counts_what_was_attained(self):
         """After a re-base, a job that has had the new quantum moves down with its next step."""
@@ -182,9 +201,9 @@ class TestLevels:
 
 
 class TestPromotion:
-    def starving(self, **options) -> Stage:
+    def starving(self, ageing: Ageing | None = AbsoluteAgeing(10.0)) -> Stage:
         """Three jobs on one place; each was demoted, the first runs."""
-        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 6), starvation_limit_s=10.0, **options)
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 6), ageing=ageing)
         stage = Stage(policy)
         for name in "abc":
             stage.add(name)
@@ -213,14 +232,6 @@ class TestPromotion:
         stage.planner.observe(0.0, 100.0)
         assert stage.step(batch_limit=2) == "b c"
 
-    def test_promotions_can_be_limited(self):
-        """At most so many are promoted at a time, longest wait first."""
-        stage = self.starving(max_promotions=1)
-        stage.planner.observe(0.0, 100.0)
-        assert self.levels(stage) == [1, 0, 1]
-        stage.planner.observe(0.0, 100.0)
-        assert self.levels(stage) == [1, 0, 0]
-
     def test_a_running_job_does_not_starve(self):
         """Time in the batch is not waiting."""
         stage = self.starving()
@@ -234,12 +245,125 @@ class TestPromotion:
         stage.planner.observe(0.0, 100.0)
         assert stage.step(batch_limit=1) == "z"
 
-    def test_without_a_limit_nobody_is_promoted(self):
-        """None switches promotion off."""
-        stage = self.starving()
-        stage.planner.policy.starvation_limit_s = None
+    def test_without_ageing_nobody_is_promoted(self):
+        """None switches it off."""
+        stage = self.starving(None)
         stage.planner.observe(0.0, 1e9)
         assert self.levels(stage) == [1, 1, 1]
+        assert stage.step(batch_limit=2) == "a b"
+
+
+class TestTurns:
+    """Relative ageing; steps of a second, one place."""
+
+    def stage(self, **options: float) -> Stage:
+        """`a` and `b` came down to level 1; from now on new jobs of a step each take the place.
+
+        b waits since 2 s, a since 3 s.
+        """
+        options = {"ratio": 3.0, "gap_s": 6.0, "limit_s": 20.0, "most_turns": 1} | options
+        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0, 2.0, 6), ageing=RelativeAgeing(**options)))
+        stage.add("a")
+        stage.add("b")
+        assert self.run(stage, 3, crowded=False) == "aba"
+        return stage
+
+    def run(self, stage: Stage, steps: int, *, crowded: bool = True) -> str:
+        """Who runs in each step; `.` for one of the new jobs."""
+        ran = ""
+        for _ in range(steps):
+            if crowded and "." not in {job.job_id for job in stage.planner.jobs}:
+                stage.add(".", output=1)
+            ran += stage.step(batch_limit=1)
+            stage.spend(1.0)
+        return ran
+
+    def test_a_turn_is_a_step(self):
+        """Who has waited for the gap bound runs for a step, and then waits for it again.
+
+        b is due at 8 s and runs until 9, so again at 15; a at 9 s and at 16.
+        """
+        assert self.run(self.stage(), 20) == ".....ba.....ba.....b"
+
+    def test_a_turn_changes_no_level(self):
+        """But for the service that it is: a quantum may be used up by it."""
+        stage = self.stage()
+        levels = []
+        for _ in range(16):
+            self.run(stage, 1)
+            levels.append((stage.jobs["a"].level, stage.jobs["b"].level))
+        stage.planner.observe(stage.now_s, stage.now_s)
+        policy = stage.planner.policy
+        assert (policy.turns, policy.promotions) == (4, 0)
+        assert levels[0] == (1, 1)
+        # a had 1 s of its 2 s before, b nothing.
+        assert levels[7:13] == [(2, 1)] * 6
+
+    def test_a_job_returns_to_its_place(self):
+        """After its turn, it stands where it would stand without."""
+        stage = self.stage(gap_s=4.0)
+        places = {name: stage.jobs[name].entry for name in "ab"}
+        before = stage.jobs["b"].key
+        self.run(stage, 3)
+        stage.planner.observe(0.0, stage.now_s)
+        assert stage.jobs["b"].key < (0, 0)
+        assert self.run(stage, 1) == "b"
+        self.run(stage, 1)
+        assert stage.jobs["b"].key == before
+        assert stage.jobs["b"].entry == places["b"]
+
+    def test_turns_are_limited(self):
+        """At most so many have a turn at a time, and who is longest overdue is first."""
+        stage = self.stage(most_turns=1)
+        self.run(stage, 1)
+        stage.planner.observe(0.0, 100.0)
+        assert [stage.jobs[name].turn_s is None for name in "ab"] == [True, False]
+        stage = self.stage(most_turns=2)
+        self.run(stage, 1)
+        stage.planner.observe(0.0, 100.0)
+        assert [stage.jobs[name].turn_s is None for name in "ab"] == [False, False]
+        assert self.run(stage, 3) == "ba."
+
+    def test_a_late_turn_is_counted(self):
+        """One that came later than another gap after it was due."""
+        stage = self.stage()
+        policy = stage.planner.policy
+        assert policy.overdue_s(7.0) == 0.0
+        assert policy.overdue_s(20.0) == 12.0
+        stage.planner.observe(0.0, 13.0)
+        assert (policy.turns, policy.late_turns) == (1, 0)
+        stage = self.stage()
+        stage.planner.observe(0.0, 14.5)
+        assert stage.planner.policy.late_turns == 1
+
+    def test_a_turn_without_kv_cache_lasts_until_the_first_token(self):
+        """The time that it is said to take, and until a step leaves as much to do as was before."""
+        stage = self.stage(ratio=0.0, gap_s=2.0)
+        self.run(stage, 1)
+        job = stage.jobs["b"]
+        stage.host.drop(job)
+        stage.planner.evict(job, stage.now_s)
+        job.first_step_s = 2.0
+        stage.planner.observe(0.0, 22.5)
+        assert self.run(stage, 4) == "bbba"
+
+    def test_a_turn_stays_with_the_urgent_class_behind(self):
+        """A turn raises nobody above a more urgent class; it is kept until it has been had."""
+        stage = self.stage()
+        stage.add("z", priority=-1, output=20)
+        assert self.run(stage, 21) == "z" * 20 + "b"
+
+    def test_the_gap_bound_follows_slow_steps(self):
+        """It is so many base quanta where that is longer; nothing is longer than the limit."""
+        ageing = RelativeAgeing(0.0, gap_s=0.5, limit_s=8.0, most_turns=1, gap_quanta=4.0)
+        ladder = QuantumLadder(0.1, 2.0, 3)
+        policy = SkipJoinMlfq(ladder, ageing=ageing)
+        gaps = []
+        for base_s in (0.1, 1.0, 3.0):
+            policy.set_ladder(QuantumLadder(base_s, 2.0, 3), [])
+            gaps.append(policy.gap_s)
+        assert gaps == [0.5, 4.0, 8.0]
+        assert SkipJoinMlfq(ladder, ageing=AbsoluteAgeing(1.0)).gap_s == math.inf
 
 
 class TestWorkedExample:
@@ -289,7 +413,9 @@ class TestWorkedExample:
     )
     def test_the_example_runs_as_computed_by_hand(self, policy, finish_s, mean_s):
         """Skip-join beats arrival order, which beats the naive queues."""
-        config = FastServeConfig(policy=policy, base_quantum_s=1.0, starvation_limit_s=None)
+        config = FastServeConfig(
+            policy=policy, objective="paper", base_quantum_s=1.0, starvation_limit_s="off"
+        )
         finished = self.finish_times(make_policy(config, base_s=9.0, batch_limit=1))
         assert finished == finish_s
         assert mean(finished) == pytest.approx(mean_s)
@@ -324,17 +450,6 @@ class TestOtherPolicies:
         policy = make_policy(FastServeConfig(policy=name), base_s=1.0, batch_limit=16)
         assert type(policy) is kind
         assert getattr(policy, "skip_join", False) == (name == "fastserve")
-
-    def test_make_policy_hands_the_configuration_on(self):
-        """Levels, quanta and limits reach the policy."""
-        config = FastServeConfig(
-            quantum_ratio=3.0, num_levels=5, steady_levels=4, starvation_limit_s=7.0
-        )
-        policy = make_policy(config, base_s=0.25, batch_limit=256)
-        assert policy.ladder == QuantumLadder(0.25, 3.0, 5)
-        assert (policy.starvation_limit_s, policy.arrival_level) == (7.0, 3)
-        assert policy.pressure_jobs >= 256
-        assert 1 <= policy.max_promotions <= 256
 
     def test_a_configured_base_quantum_wins(self):
         """The configured base is used instead of the measured one."""

@@ -4,6 +4,7 @@ import pytest
 from fake_host import Stage, make_job, names
 from fake_swap import SwapStage
 
+from fastserve_vllm.policy.ageing import RelativeAgeing
 from fastserve_vllm.policy.base import Fcfs
 from fastserve_vllm.policy.job import JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
@@ -55,10 +56,9 @@ class TestOrder:
         assert stage.step() == "a b c"
 
     def test_jobs_paused_together_are_promoted_first_to_run_first(self):
-        """Those that wait equally long keep their order when one a step is promoted."""
-        policy = SkipJoinMlfq(
-            QuantumLadder(1.0, num_levels=3), starvation_limit_s=5.0, max_promotions=1
-        )
+        """Those that wait equally long keep their order when there is one turn at a time."""
+        ageing = RelativeAgeing(ratio=1.0, gap_s=5.0, limit_s=5.0, most_turns=1)
+        policy = SkipJoinMlfq(QuantumLadder(1.0, num_levels=3), ageing=ageing)
         stage = Stage(policy)
         arrivals(stage, "abc", prompt=1024)
         stage.step(token_budget=1 << 20)
@@ -69,7 +69,7 @@ class TestOrder:
         stage.step(batch_limit=1)
         stage.spend(6.0)
         stage.step(batch_limit=1)
-        assert [stage.jobs[name].level for name in "abc"] == [0, 1, 1]
+        assert [stage.jobs[name].turn_s is None for name in "abc"] == [False, True, True]
 
 
 class TestMemory:
@@ -294,7 +294,7 @@ class TestStates:
 
     def test_a_demoted_job_may_leave_before_the_next_plan(self):
         """The planner forgets that its place had changed."""
-        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0), starvation_limit_s=None))
+        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0)))
         arrivals(stage, "ab")
         stage.step()
         stage.planner.observe(1.5, 1.5)
@@ -362,7 +362,8 @@ class TestCost:
     BATCH = 16
 
     def crowd(self, watched_job, **host) -> Stage:
-        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0), starvation_limit_s=1e6), **host)
+        ageing = RelativeAgeing(ratio=10.0, gap_s=1e5, limit_s=1e6, most_turns=4)
+        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0), ageing=ageing), **host)
         for number in range(self.QUEUED):
             job = watched_job(f"{number}", prompt_tokens=8, handle=make_job("", prompt=8).handle)
             job.next_tokens = 8
@@ -395,6 +396,8 @@ class TestCost:
         """A step that changes nothing looks at the batch and the head of the queue."""
         stage = self.crowd(watched_job)
         self.plan(stage, watched_job)
+        # That they wait no more is noticed once.
+        assert self.observe(stage, watched_job, 1e-6) <= self.BATCH + 2
         assert self.observe(stage, watched_job, 1e-6) <= 2
         assert self.plan(stage, watched_job) <= self.BATCH + 2
 
@@ -420,9 +423,21 @@ class TestCost:
         """A step is charged to the whole batch by looking at the jobs whose quantum is used up."""
         stage = self.crowd(watched_job)
         self.plan(stage, watched_job)
+        self.observe(stage, watched_job, 0.0)
         assert self.observe(stage, watched_job, 0.25) <= 2
         assert self.observe(stage, watched_job, 0.75) <= self.BATCH + 2
         assert {job.level for job in stage.planner.running} == {1}
+
+    def test_turns_are_given_by_looking_at_those_who_are_due(self, watched_job):
+        """However many wait, a step looks at whom it gives a turn."""
+        stage = self.crowd(watched_job)
+        self.plan(stage, watched_job)
+        # What is due first is looked at once, to learn its patience.
+        stage.planner.observe(0.0, 1e5)
+        watched_job.touched.clear()
+        stage.planner.observe(0.0, 2e5)
+        assert stage.planner.policy.turns == 4
+        assert len(watched_job.touched) <= 8
 
     def test_keys_are_compared_a_logarithmic_number_of_times(self):
         """Ten times the queue costs a step a few comparisons more."""

@@ -10,6 +10,9 @@ import fastserve_vllm
 
 PACKAGE = Path(fastserve_vllm.__file__).parent
 POLICY = sorted(f"fastserve_vllm.policy.{path.stem}" for path in PACKAGE.glob("policy/[a-z]*.py"))
+SIMULATOR = sorted(
+    f"fastserve_vllm.simulator.{path.stem}" for path in PACKAGE.glob("simulator/[a-z]*.py")
+)
 KV_SWAP = [
     "fastserve_vllm.kv_swap.counters",
     "fastserve_vllm.kv_swap.host_copy",
@@ -27,7 +30,10 @@ PURE = [
     "fastserve_vllm.metrics",
     *KV_SWAP,
     *POLICY,
+    *SIMULATOR,
     *TRACE,
+    "fastserve_vllm.traces",
+    "fastserve_vllm.workloads",
 ]
 
 BLOCKED = """

@@ -9,9 +9,10 @@ from fake_host import make_job
 from fake_swap import SwapStage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import by_key, naive_enst_s, naive_execute_s
+from reference import by_key, naive_enst_s, naive_execute_s, naive_patience_s
 
-from fastserve_vllm.policy.base import Fcfs
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
+from fastserve_vllm.policy.base import Fcfs, FixedPriority
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -25,9 +26,11 @@ seeds = st.integers(0, 1 << 30)
 def join_at(policy: SkipJoinMlfq, level: int, now_s: float = 0.0, priority: int = 0) -> Job:
     """A waiting job of that level."""
     job = make_job(f"{policy._num_jobs}", priority=priority)
-    job.first_step_s = policy.ladder.base_s * policy.ladder.ratio**level
+    job.first_step_s = 0.0
     policy.join(job, now_s)
-    assert job.level == level
+    # Nobody joins the last level.
+    policy._move(job, level)
+    job.first_step_s = policy.ladder.base_s * policy.ladder.ratio**level
     return job
 
 
@@ -53,7 +56,7 @@ class TestEnst:
 
     def test_promotion_comes_first_where_it_is_sooner(self):
         """ENST is the smaller of both times; a promotion that is overdue is now."""
-        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4), starvation_limit_s=5.0)
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4), ageing=AbsoluteAgeing(5.0))
         swap, _, swapped = make_swap(policy)
         for _ in range(4):
             join_at(policy, 0)
@@ -64,9 +67,39 @@ class TestEnst:
             swap.decide((), Room(0), now_s)
             enst_s.append(swap.enst_s(job))
         assert enst_s == [5.0, 2.0, 0.0, 0.0]
-        policy.starvation_limit_s = None
+        policy.ageing = None
         swap.decide((), Room(0), 9.0)
         assert (policy.promote_s(job, 9.0), swap.enst_s(job)) == (math.inf, 12.0)
+
+    def test_patience_grows_with_what_a_turn_would_move(self):
+        """Where KV cache has to move, a second of service is worth ten of waiting; to a limit."""
+        ageing = RelativeAgeing(ratio=10.0, gap_s=2.0, limit_s=50.0, most_turns=1)
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4), ageing=ageing)
+        job = join_at(policy, 0)
+        job.first_step_s = 0.25
+        waits = []
+        for state, served_s in [("PAUSED", 3.0), ("SWAPPED", 3.0), ("SWAPPED", 0.0)]:
+            wait(job, JobState[state]).served_s = served_s
+            waits.append(policy.promote_s(job, 1.0))
+        job.served_s = 6.0
+        waits.append(policy.promote_s(job, 1.0))
+        wait(job, JobState.QUEUED).first_step_s = 0.5
+        job.served_s = 0.0
+        waits.append(policy.promote_s(job, 1.0))
+        assert waits == [2.0 - 1, 30.0 - 1, 2.5 - 1, 50.0 - 1, 5.0 - 1]
+
+    def test_who_has_a_turn_is_scheduled_now(self):
+        """Its ENST is 0, on the host too, and it is owed its turn whatever the copies cost."""
+        ageing = RelativeAgeing(ratio=0.0, gap_s=2.0, limit_s=9.0, most_turns=1)
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4), ageing=ageing)
+        swap, _, swapped = make_swap(policy)
+        for _ in range(4):
+            join_at(policy, 0)
+        job = wait(join_at(policy, 2, now_s=-1.0), JobState.SWAPPED)
+        swapped.push(job)
+        assert policy.promote_starved(1.0) == [job]
+        swap.decide((), Room(0), 1.0)
+        assert (swap.enst_s(job), policy.turn_left_s(job)) == (0.0, math.inf)
 
     @settings(max_examples=100)
     @given(seed=seeds)
@@ -75,8 +108,8 @@ class TestEnst:
         dice = random.Random(seed)
         num_levels = dice.randint(1, 8)
         ladder = QuantumLadder(dice.choice([0.01, 1.0, 3.0]), dice.choice([1.5, 2.0]), num_levels)
-        limit_s = dice.choice([None, 0.5, 20.0])
-        policy = SkipJoinMlfq(ladder, starvation_limit_s=limit_s, steady_levels=dice.randint(1, 8))
+        ageing = random_ageing(dice)
+        policy = SkipJoinMlfq(ladder, ageing=ageing)
         jobs = [
             join_at(policy, dice.randrange(num_levels), float(dice.randint(0, 30)))
             for _ in range(dice.randint(0, 30))
@@ -89,7 +122,12 @@ class TestEnst:
         for level in range(num_levels):
             assert times[level] == pytest.approx(naive_execute_s(ladder, jobs, level, batch))
         for job in jobs:
-            expected = math.inf if limit_s is None else limit_s - (40.0 - job.waiting_since_s)
+            job.state = dice.choice([JobState.PAUSED, JobState.SWAPPED, JobState.QUEUED])
+            job.served_s = float(dice.randint(0, 9))
+            expected = math.inf
+            if ageing is not None:
+                patience_s = naive_patience_s(ageing, ladder.base_s, job, job.served_s)
+                expected = patience_s - (40.0 - job.waiting_since_s)
             assert policy.promote_s(job, 40.0) == max(expected, 0.0)
 
     def test_policies_without_levels_know_none(self):
@@ -97,7 +135,19 @@ class TestEnst:
         policy, job = Fcfs(), make_job("a")
         policy.join(job, 0.0)
         assert (policy.execute_s(4), policy.promote_s(job, 1e9)) == ((0.0,), math.inf)
-        assert (policy.next_promoted(4), policy.turn_s(job)) == ((), math.inf)
+        assert (policy.next_promoted(4), policy.turn_left_s(job)) == ((), math.inf)
+
+
+def random_ageing(dice: random.Random) -> Ageing | None:
+    """No ageing, the absolute rule, or the relative one; all times are exact."""
+    relative = RelativeAgeing(
+        ratio=dice.choice([0.0, 1.0, 4.0]),
+        gap_s=dice.choice([0.5, 2.0]),
+        limit_s=dice.choice([8.0, 64.0]),
+        most_turns=dice.randint(1, 3),
+        gap_quanta=dice.choice([0.0, 4.0]),
+    )
+    return dice.choice([None, AbsoluteAgeing(8.0), AbsoluteAgeing(64.0), relative, relative])
 
 
 class Device:
@@ -161,9 +211,8 @@ class Crowd:
         self.dice = random.Random(seed)
         self.policy = SkipJoinMlfq(
             QuantumLadder(1.0, 2.0, self.dice.randint(1, 6)),
-            starvation_limit_s=self.dice.choice([None, 8.0, 64.0]),
-            steady_levels=self.dice.randint(1, 6),
-            max_promotions=self.dice.choice([None, 1]),
+            ageing=random_ageing(self.dice),
+            service_weight=self.dice.choice([0.0, 4.0]),
         )
         self.classes = classes
         self.demand = Device()
@@ -275,7 +324,7 @@ def largest_first(crowd: Crowd) -> list[Job]:
 
 def ranks(crowd: Crowd, jobs: list[Job]) -> list[object]:
     """What the order goes by. With promotion, ties within a level may fall either way."""
-    tied = crowd.policy.starvation_limit_s is not None
+    tied = crowd.policy.ageing is not None
     return [(job.priority, crowd.enst_then[job], None if tied else job.key) for job in jobs]
 
 
@@ -301,14 +350,20 @@ class TestOrder:
     @settings(max_examples=60)
     @given(seed=seeds)
     def test_the_smallest_enst_comes_back_first(self, seed):
-        """Of all jobs on the host; a promotion counts once only three others come before it."""
+        """Of all jobs on the host; a promotion counts once only three others come before it.
+
+        Relative ageing looks at most jobs only once they may be due, so it knows who is due first
+        roughly; nobody comes back who is due later than the first of the order.
+        """
         crowd = Crowd(seed, classes=1)
         batch = crowd.batch()
         size = max(len(batch), 1)
         while away := [job for job in crowd.jobs if job.state is JobState.SWAPPED]:
             enst_s = {job: crowd.enst_s(job, size) for job in away}
             (back,) = crowd.swap.decide(batch, Room(1), crowd.now_s).swapped_in
-            if set(crowd.policy.next_promoted(4)) & set(away):
+            if isinstance(crowd.policy.ageing, RelativeAgeing):
+                assert enst_s[back] <= enst_s[min(away, key=by_key)]
+            elif set(crowd.policy.next_promoted(4)) & set(away):
                 assert enst_s[back] == min(enst_s.values())
             else:
                 assert back is min(away, key=by_key)
@@ -360,10 +415,10 @@ class TestOrder:
 class TestCost:
     """Questions to the policy and the host, counted: wall time would be noise."""
 
-    def decide(self, waiting: int, *, idle_blocks: int) -> int:
+    def decide(self, waiting: int, ageing: Ageing, *, idle_blocks: int) -> int:
         """Questions of one decision that moves a few of `waiting` jobs."""
         crowd = Crowd(1)
-        crowd.policy = CountingMlfq(QuantumLadder(1.0, 2.0, 6), starvation_limit_s=64.0)
+        crowd.policy = CountingMlfq(QuantumLadder(1.0, 2.0, 6), ageing=ageing)
         crowd.swap, crowd.paused, crowd.swapped = make_swap(crowd.policy, crowd.demand)
         for number in range(waiting):
             crowd.arrive()
@@ -384,15 +439,18 @@ class TestCost:
         return crowd.demand.calls + crowd.policy.calls
 
     @pytest.mark.parametrize("idle_blocks", [0, 8])
-    def test_a_decision_asks_about_few_jobs(self, idle_blocks):
-        """Twenty times the jobs on the host and on the device: not one question more."""
-        few, many = (self.decide(n, idle_blocks=idle_blocks) for n in (200, 4000))
-        assert 0 < many <= few + 8
+    @pytest.mark.parametrize(
+        "ageing", [AbsoluteAgeing(64.0), RelativeAgeing(4.0, gap_s=2.0, limit_s=64.0, most_turns=3)]
+    )
+    def test_a_decision_asks_about_few_jobs(self, idle_blocks, ageing):
+        """Twenty times the jobs on the host and on the device: as many questions."""
+        few, many = (self.decide(n, ageing, idle_blocks=idle_blocks) for n in (1000, 20_000))
+        assert 0 < many <= 1.1 * few
         assert few < 300
 
     def test_no_decision_asks_nothing(self):
         """Where nobody is on the host and memory is idle, there is nothing to decide."""
-        policy = CountingMlfq(QuantumLadder(1.0, 2.0, 6), starvation_limit_s=64.0)
+        policy = CountingMlfq(QuantumLadder(1.0, 2.0, 6), ageing=AbsoluteAgeing(64.0))
         demand = Device()
         swap, *_ = make_swap(policy, demand)
         assert swap.decide((), Room(4), 0.0) == SwapDecision()
@@ -408,9 +466,9 @@ class CountingMlfq(SkipJoinMlfq):
         self.calls += 1
         return super().promote_s(job, now_s)
 
-    def turn_s(self, job: Job) -> float:
+    def turn_left_s(self, job: Job) -> float:
         self.calls += 1
-        return super().turn_s(job)
+        return super().turn_left_s(job)
 
     def next_promoted(self, limit: int):
         found = super().next_promoted(limit)
@@ -478,15 +536,13 @@ class Shuttle:
 
     STEPS = 800
 
-    def __init__(self, seed: int, limit_s: float | None) -> None:
+    def __init__(self, seed: int, ageing: Ageing | None) -> None:
         dice = random.Random(seed)
         self.levels, copy_steps = dice.randint(3, 8), dice.randint(1, 4)
         self.policy = SkipJoinMlfq(
             QuantumLadder(1.0, 2.0, self.levels),
-            starvation_limit_s=limit_s,
-            steady_levels=dice.choice([2, 4, 8]),
-            max_promotions=dice.choice([None, 1]),
-            promotion_interval=dice.choice([1, 4]),
+            ageing=ageing,
+            service_weight=dice.choice([0.0, 100.0]),
         )
         # Ten to forty blocks are copied in the steps that a copy takes; a step is a second.
         copy_s = copy_steps / dice.choice([10, 20, 40])
@@ -534,15 +590,49 @@ class TestNoPingPong:
 
     def test_a_promoted_job_runs_between_two_exits(self):
         """Nor where starvation prevention moves jobs up."""
-        assert not any(Shuttle(seed, 20.0).in_vain for seed in (2, 7, 14))
+        assert not any(Shuttle(seed, AbsoluteAgeing(20.0)).in_vain for seed in (2, 7, 14))
 
-    @pytest.mark.parametrize("limit_s", [20.0, 100.0])
-    def test_exits_are_bounded_by_turns(self, limit_s):
-        """There are as many as somebody's turns call for: of levels passed, and of promotions."""
+    @pytest.mark.parametrize("ratio", [0.0, 10.0])
+    def test_a_job_with_a_turn_runs_between_two_exits(self, ratio):
+        """Nor where it comes back for a turn."""
+        ageing = RelativeAgeing(ratio, gap_s=8.0, limit_s=60.0, most_turns=2)
+        assert not any(Shuttle(seed, ageing).in_vain for seed in range(6))
+
+    @pytest.mark.parametrize(
+        "ageing",
+        [
+            *[AbsoluteAgeing(limit_s) for limit_s in (20.0, 100.0)],
+            *[RelativeAgeing(r, gap_s=8.0, limit_s=60.0, most_turns=2) for r in (0.0, 10.0)],
+        ],
+    )
+    def test_exits_are_bounded_by_turns(self, ageing):
+        """There are as many as somebody's turns call for: of levels passed, and of ageing."""
         for seed in range(4):
-            shuttle = Shuttle(seed, limit_s)
-            turns = shuttle.levels * len(shuttle.stage.jobs) + shuttle.policy.promotions
+            shuttle = Shuttle(seed, ageing)
+            policy = shuttle.policy
+            turns = shuttle.levels * len(shuttle.stage.jobs) + policy.promotions + policy.turns
             assert 0 < sum(shuttle.outs.values()) <= 1.5 * turns
+
+
+@pytest.mark.parametrize(
+    ("policy", "first", "gone"), [(Fcfs(), "a b", "d"), (FixedPriority(), "b c", "a")]
+)
+def test_static_policies_send_away_the_last_of_their_order(policy, first, gone):
+    """Where one comes back that stands before it, whoever arrived last, or is the longest, goes."""
+    stage = SwapStage(policy, num_blocks=30, host_blocks=100)
+    for name, prompt in zip("abcd", (28, 8, 12, 16), strict=True):
+        stage.add(name, prompt=prompt)
+    stage.step(batch_limit=4)
+    assert stage.step(batch_limit=2) == first
+    back = stage.jobs[first[0]]
+    stage.host.leave(back)
+    stage.planner.evict(back, stage.now_s, spilled=True)
+    stage.add("z", prompt=52, priority=-1, output=2)
+    moved = []
+    for _ in range(4):
+        stage.step(batch_limit=2)
+        moved += [*stage.plan.swapped_out, *stage.plan.spilled]
+    assert moved[0] is stage.jobs[gone]
 
 
 def test_who_comes_back_needs_a_slot():

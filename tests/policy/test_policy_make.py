@@ -1,0 +1,118 @@
+"""What an objective means, and what the configuration may change of it."""
+
+import math
+
+import pytest
+
+from fastserve_vllm.config import FastServeConfig
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, RelativeAgeing
+from fastserve_vllm.policy.make import ARRANGEMENTS, make_ageing, make_policy, rebase
+from fastserve_vllm.policy.mlfq import SkipJoinMlfq
+from fastserve_vllm.policy.quantum import QuantumLadder
+from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
+
+BATCH = 16
+
+
+def made(**options: object) -> SkipJoinMlfq:
+    """The policy of a configuration."""
+    return make_policy(FastServeConfig.parse(options), base_s=0.01, batch_limit=BATCH)
+
+
+def test_the_default_is_balanced():
+    """A finite ladder, turns, and a last level in which service counts."""
+    policy = made()
+    assert policy.ladder == QuantumLadder(0.01, 2.0, ARRANGEMENTS["balanced"].num_levels)
+    assert policy.num_levels < 16
+    assert policy.skip_join
+    assert policy.service_weight > 0
+    assert isinstance(policy.ageing, RelativeAgeing)
+    assert policy.ageing.ratio > 0
+    assert 0 < policy.ageing.gap_s < policy.ageing.limit_s < math.inf
+    assert 1 <= policy.ageing.most_turns < BATCH
+
+
+def test_smooth_lets_nobody_wait_for_longer_than_the_gap():
+    """Whatever a turn costs, and with more turns at a time."""
+    ageing, balanced = made(objective="smooth").ageing, made().ageing
+    assert isinstance(ageing, RelativeAgeing)
+    assert ageing.ratio == 0
+    assert (ageing.gap_s, ageing.limit_s) == (balanced.gap_s, balanced.limit_s)
+    assert balanced.most_turns < ageing.most_turns <= BATCH
+
+
+def test_paper_is_the_rule_of_the_paper():
+    """Section 4.1: no last level to speak of, promotion to level 0 after 300 ms."""
+    policy = made(objective="paper")
+    assert policy.ladder == QuantumLadder(0.01, 2.0, 64)
+    assert policy.ageing == AbsoluteAgeing(0.3)
+    assert policy.service_weight == 0
+    assert policy.gap_s == math.inf
+
+
+@pytest.mark.parametrize("objective", ARRANGEMENTS)
+def test_every_choice_overrides_the_objective(objective):
+    """Whatever the objective would set."""
+    policy = made(
+        objective=objective,
+        num_levels=5,
+        quantum_ratio=3.0,
+        service_weight=7.0,
+        ageing="relative",
+        ageing_ratio=2.0,
+        starvation_limit_s=9.0,
+        max_token_gap_s=0.25,
+    )
+    ageing = policy.ageing
+    assert policy.ladder == QuantumLadder(0.01, 3.0, 5)
+    assert (policy.service_weight, ageing.ratio) == (7.0, 2.0)
+    assert (ageing.limit_s, ageing.gap_s, ageing.gap_quanta) == (9.0, 0.25, 0.0)
+    assert made(objective=objective, ageing="absolute", starvation_limit_s=2.0).ageing == (
+        AbsoluteAgeing(2.0)
+    )
+
+
+@pytest.mark.parametrize("objective", ARRANGEMENTS)
+def test_zero_is_a_choice(objective):
+    """It is not taken for nothing."""
+    policy = made(objective=objective, service_weight=0, ageing="relative", ageing_ratio=0)
+    assert (policy.service_weight, policy.ageing.ratio) == (0, 0)
+
+
+@pytest.mark.parametrize("objective", ARRANGEMENTS)
+@pytest.mark.parametrize("ageing", [None, "relative", "absolute"])
+def test_off_lets_wait_for_ever(objective, ageing):
+    """There is no ageing, whatever else is configured of it."""
+    assert made(objective=objective, ageing=ageing, starvation_limit_s="off").ageing is None
+
+
+def test_the_gap_follows_slow_steps_unless_it_is_configured():
+    """A gap of a few steps would leave no time for anything else."""
+    policy = made()
+    short_s = policy.gap_s
+    policy.set_ladder(QuantumLadder(1.0, 2.0, policy.num_levels), [])
+    assert short_s < policy.gap_s
+    policy = made(max_token_gap_s=0.1)
+    policy.set_ladder(QuantumLadder(1.0, 2.0, policy.num_levels), [])
+    assert policy.gap_s == 0.1
+
+
+@pytest.mark.parametrize("batch_limit", [1, 2, 3, 16, 512])
+@pytest.mark.parametrize("objective", ["balanced", "smooth"])
+def test_there_is_always_a_turn_to_give(objective, batch_limit):
+    """At least one at a time, and never more than there are places."""
+    ageing = make_ageing(FastServeConfig(objective=objective), batch_limit)
+    assert 1 <= ageing.most_turns <= batch_limit
+
+
+@pytest.mark.parametrize("objective", ARRANGEMENTS)
+def test_the_base_follows_the_smallest_step(objective):
+    """The number of levels stays that of the objective; a configured base stays, too."""
+    step_time = StepTimeModel()
+    step_time.observe(StepShape(0, 1), 0.02)
+    for options, base_s in [({}, 0.02), ({"base_quantum_s": 0.5}, 0.5)]:
+        config = FastServeConfig(objective=objective, **options)
+        policy = make_policy(config, base_s=0.01, batch_limit=BATCH)
+        levels = policy.num_levels
+        rebase(policy, config, step_time, [])
+        assert policy.ladder == QuantumLadder(base_s, 2.0, levels)

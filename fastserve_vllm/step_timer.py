@@ -48,7 +48,8 @@ class StepTimer:
         scheduled_s = self._scheduled_at.popleft()
         if not output.total_num_scheduled_tokens:
             return
-        step_s = now_s - max(scheduled_s, self._last_output_s)
+        # A clock that was set back gives nobody service back.
+        step_s = max(now_s - max(scheduled_s, self._last_output_s), 0.0)
         self._last_output_s = now_s
         self._uncharged_s += step_s
         counts = list(output.num_scheduled_tokens.values())

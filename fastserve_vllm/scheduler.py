@@ -13,7 +13,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from fastserve_vllm import host
-from fastserve_vllm.config import ConfigError, FastServeConfig
+from fastserve_vllm.config import ConfigError, FastServeConfig, check_period_steps
 from fastserve_vllm.demand import HostDemand
 from fastserve_vllm.kv_swap.connector import find_connector
 from fastserve_vllm.kv_swap.exchange import KvExchange
@@ -82,6 +82,7 @@ class FastServeScheduler(AsyncScheduler):
         self._blocked: dict[Job, None] = {}
         self._resetting = False
         self.moves = SwapMoves(self, self._jobs)
+        self._check_every = check_period_steps()
         self.reporter = Reporter(self.planner, self.timer, self.exchange)
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", self.describe())
@@ -127,6 +128,8 @@ class FastServeScheduler(AsyncScheduler):
         delegated = time.perf_counter()
         if plan is not None:
             self._reconcile(plan, output, now_s)
+        if self._check_every and self.current_step % self._check_every == 0:
+            self.check_integrity()
         self.timer.scheduled(now_s)
         self.reporter.scheduler_s += time.perf_counter() - delegated + planned - entered
         return output

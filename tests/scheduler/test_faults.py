@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from vllm.v1.core.sched.interface import PauseState
 
+from fastserve_vllm.config import CHECK_EVERY, ConfigError
 from fastserve_vllm.policy.job import JobState
 from fastserve_vllm.testing import vllm_config
 
@@ -176,3 +177,34 @@ def test_urgent_request_is_in_the_next_batch(make_engine, mode, steps):
     engine.drain()
     assert len(engine.outputs["urgent"]) == 5
     assert {len(engine.outputs[f"r{i}"]) for i in range(3)} == {200}
+
+
+@pytest.mark.parametrize(("every", "checks"), [("0", 0), ("1", 12), ("5", 2)])
+def test_integrity_is_checked_under_a_switch(make_engine, monkeypatch, every, checks):
+    """`FASTSERVE_CHECK_EVERY=N` checks in every N-th step, and not at all by default."""
+    monkeypatch.setenv(CHECK_EVERY, every)
+    engine, seen = make_engine(), []
+    monkeypatch.setattr(engine.scheduler, "check_integrity", lambda: seen.append(1))
+    engine.add("a", 10, 50)
+    for _ in range(12):
+        engine.step()
+    assert len(seen) == checks
+
+
+def test_a_broken_law_stops_a_checked_engine(make_engine, monkeypatch):
+    """The check names the law."""
+    monkeypatch.setenv(CHECK_EVERY, "1")
+    engine = make_engine()
+    request = engine.add("a", 10, 50)
+    engine.step()
+    engine.scheduler.left_out[request] = None
+    with pytest.raises(AssertionError, match="I1"):
+        engine.step()
+
+
+@pytest.mark.parametrize("text", ["-1", "often", "1.5", ""])
+def test_a_bad_switch_is_refused(make_engine, monkeypatch, text):
+    """A typo does not switch the checks off silently."""
+    monkeypatch.setenv(CHECK_EVERY, text)
+    with pytest.raises(ConfigError, match="FASTSERVE_CHECK_EVERY"):
+        make_engine()

@@ -1,6 +1,6 @@
 """Drives the real scheduler at random and checks its laws after every step.
 
-    python tests/fuzz/scheduler_fuzz.py MODEL [--steps N] [--seed N]     0 steps: until interrupted
+    make fuzz STEPS=N SEED=N        0 steps: until interrupted
 
 A run consists of worlds: engines of different sizes and modes that live for some hundred steps and
 are then left alone until they have finished everything. A failure names the world that failed,
@@ -10,11 +10,9 @@ which `--seed` runs again.
 import argparse
 import json
 import random
-import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "policy")]
 
 from fuzz_engine import FuzzEngine
 from reference import CheckedMlfq, reference_plan
@@ -295,8 +293,6 @@ def main():
     parser.add_argument("--steps", type=int, default=100_000, help="0: until interrupted")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         done = fuzz(options.model, write_profile(folder), options.steps, options.seed, print)
     print(dict(done))

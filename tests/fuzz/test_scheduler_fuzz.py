@@ -1,12 +1,6 @@
 """The real scheduler under random events; `make fuzz STEPS=...` goes on for as long as wanted."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from scheduler_fuzz import fuzz, write_profile
 
 from fastserve_vllm import scheduler

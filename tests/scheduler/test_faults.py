@@ -1,19 +1,14 @@
 """Faults on purpose, on vLLM's own scheduler objects: nothing is lost and nothing stays behind."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
+from fuzz_engine import FuzzEngine
 from vllm.v1.core.sched.interface import PauseState
 
 from fastserve_vllm.config import CHECK_EVERY, ConfigError
 from fastserve_vllm.policy.job import JobState
 from fastserve_vllm.testing import vllm_config
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "fuzz"))
-
-from fuzz_engine import FuzzEngine
 
 pytestmark = pytest.mark.host_versions
 

@@ -93,6 +93,7 @@ CONTRACT: tuple[Seam, ...] = (
             "_pause_state",
             "finished_recving_kv_req_ids",
             "failed_recving_kv_req_ids",
+            "requires_kv_delivery",
         ),
     ),
     Seam(

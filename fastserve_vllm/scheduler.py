@@ -249,7 +249,9 @@ class FastServeScheduler(AsyncScheduler):
                 self.running.remove(request)
             if self.exchange is not None:
                 self.exchange.abandon(request)
-            super()._preempt_request(request, time.monotonic())
+            super()._preempt_request(
+                request, time.monotonic(), drop_stale_output=self.requires_kv_delivery
+            )
             return
         # It came back from the host and has not run since: vLLM knows it as preempted already.
         self.kv_holding_waiting.remove_request(request)

@@ -45,7 +45,8 @@ class StepTimer:
 
         It took the seconds that it ran alone: from its start, or from the end of the one before.
         """
-        scheduled_s = self._scheduled_at.popleft()
+        # Another part of the engine may complete a step that was not planned here.
+        scheduled_s = self._scheduled_at.popleft() if self._scheduled_at else now_s
         if not output.total_num_scheduled_tokens:
             return
         # A clock that was set back gives nobody service back.

@@ -232,6 +232,7 @@ CONTRACT: tuple[Seam, ...] = (
     Seam("vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null", "count shared blocks"),
     Seam("vllm.v1.core.kv_cache_manager:KVCacheBlocks", "count blocks", sets=("blocks",)),
     Seam("vllm.v1.kv_cache_interface:KVCacheConfig", "describe itself", sets=("num_blocks",)),
+    Seam("vllm.config:VllmConfig.diffusion_config", "refuse diffusion models"),
     Seam("vllm.config:VllmConfig.max_concurrent_batches", "tell whether steps overlap"),
     Seam("vllm.config:SchedulerConfig.enable_chunked_prefill", "fill the token budget"),
     Seam("vllm.config:SchedulerConfig.long_prefill_token_threshold", "fill the token budget"),

@@ -44,7 +44,8 @@ class FastServeScheduler(AsyncScheduler):
 
     Raises:
         HostContractError: the installed vLLM does not fit.
-        ConfigError: FastServe's connector is missing, or its configuration is not valid.
+        ConfigError: FastServe's connector is missing, its configuration is not valid, or the model
+            cannot be scheduled by it.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class FastServeScheduler(AsyncScheduler):
     ) -> None:
         host.check()
         super().__init__(*args, **kwargs)
+        if self.vllm_config.diffusion_config is not None:
+            raise ConfigError(
+                "diffusion models are scheduled by a scheduler of vLLM's own: start this one "
+                "without --scheduler fastserve"
+            )
         connector = find_connector(self.connector)
         if connector is None:
             raise ConfigError(

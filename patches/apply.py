@@ -18,7 +18,7 @@ PATCHES = sorted(Path(__file__).parent.glob("*.patch"))
 
 
 def git_apply(patch: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run `git apply` in a folder that need not be a repository, and is not taken for part of one."""
+    """Run `git apply` in a folder that is not taken for part of a repository around it."""
     env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())}
     command = ["git", "apply", *options, str(patch.resolve())]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)

@@ -15,9 +15,17 @@ from tiny_engine import running
 
 from fastserve_vllm import LLM
 
-pytestmark = pytest.mark.host_versions
-
-CASES = [(kind, feature) for kind in KINDS for feature in KINDS[kind].features]
+# Compiling the drafts' kernels takes half a minute: once is enough.
+CASES = [
+    pytest.param(
+        kind,
+        feature,
+        id=f"{kind}: {feature.__name__}",
+        marks=() if KINDS[kind].alone else pytest.mark.host_versions,
+    )
+    for kind in KINDS
+    for feature in KINDS[kind].features
+]
 
 
 class Sides:
@@ -81,9 +89,7 @@ def sides(tiny_model, tmp_path_factory):
     sides.close()
 
 
-@pytest.mark.parametrize(
-    ("kind", "feature"), CASES, ids=[f"{kind}: {feature.__name__}" for kind, feature in CASES]
-)
+@pytest.mark.parametrize(("kind", "feature"), CASES)
 def test_feature_survives_preemption(sides, kind, feature):
     """Requests are preempted, and the answers are stock vLLM's; nothing stays behind."""
     sides.use(kind)

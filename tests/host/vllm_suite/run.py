@@ -16,12 +16,11 @@ from collections import Counter
 from pathlib import Path
 
 import tomllib
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent.parent
 from vllm_suite.fetch import torchvision, vllm_tests
 from vllm_suite.models import write_models
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent.parent
 CACHE = ROOT / ".vllm-tests"
 OVERLAYS = {"0.32.0": None, "0.33.0": ROOT / ".vllm-0.33" / "overlay"}
 TORCHVISION = "0.28.0"

@@ -1,7 +1,8 @@
 """vLLM's scheduler, with each step's batch chosen by FastServe: observe, plan, apply, delegate."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.logger import init_logger
@@ -147,10 +148,17 @@ class FastServeScheduler(AsyncScheduler):
         entered = time.perf_counter()
         self.timer.ended(scheduler_output, self.clock())
         self.reporter.scheduler_s += time.perf_counter() - entered
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        transfers = model_runner_output.kv_connector_output
+        if transfers is not None and transfers.invalid_block_ids:
+            sharers = self.moves.sharers(transfers.invalid_block_ids)
+            with self._all_residents():
+                outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self.moves.recover(sharers)
+        else:
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.exchange is not None and self.exchange.has_news:
             entered = time.perf_counter()
-            self.moves.follow(self.exchange, model_runner_output)
+            self.moves.follow(self.exchange)
             self.reporter.scheduler_s += time.perf_counter() - entered
         # A server is often killed before it shuts its scheduler down, so an idle one saves, too.
         if not len(self.planner):
@@ -246,8 +254,13 @@ class FastServeScheduler(AsyncScheduler):
         self.planner.block(job)
         self._blocked[job] = None
 
-    def release(self, request: Request) -> None:
-        """Free the device blocks of a resident request, which then waits like a preempted one."""
+    def release(self, request: Request, *, drop_output: bool = False) -> None:
+        """Free the device blocks of a resident request, which then waits like a preempted one.
+
+        Args:
+            request: it runs, is paused, or has come back from the host.
+            drop_output: what steps in flight make of it is wrong.
+        """
         if request.status == RequestStatus.RUNNING:
             if request in self.left_out:
                 del self.left_out[request]
@@ -255,9 +268,8 @@ class FastServeScheduler(AsyncScheduler):
                 self.running.remove(request)
             if self.exchange is not None:
                 self.exchange.abandon(request)
-            super()._preempt_request(
-                request, time.monotonic(), drop_stale_output=self.requires_kv_delivery
-            )
+            drop_output |= self.requires_kv_delivery
+            super()._preempt_request(request, time.monotonic(), drop_stale_output=drop_output)
             return
         # It came back from the host and has not run since: vLLM knows it as preempted already.
         self.kv_holding_waiting.remove_request(request)
@@ -315,21 +327,29 @@ class FastServeScheduler(AsyncScheduler):
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
         """As vLLM's; paused requests hold KV cache like running ones."""
-        self.running = [*self.running, *self.left_out]
-        self.left_out.clear()
-        if reset_running_requests:
-            self.moves.forget_all()
-        self._resetting = reset_running_requests
-        try:
-            successful = super().reset_prefix_cache(reset_running_requests, reset_connector)
-        finally:
-            self._resetting = False
-            batch = {job.handle for job in self.planner.running}
-            self.left_out.update((r, None) for r in self.running if r not in batch)
-            self.running = [r for r in self.running if r in batch]
+        with self._all_residents():
+            if reset_running_requests:
+                self.moves.forget_all()
+            self._resetting = reset_running_requests
+            try:
+                successful = super().reset_prefix_cache(reset_running_requests, reset_connector)
+            finally:
+                self._resetting = False
         if successful:
             self.moves.forget_all()
         return successful
+
+    @contextmanager
+    def _all_residents(self) -> Iterator[None]:
+        """Show vLLM the paused requests, too, where it looks through all that hold KV cache."""
+        self.running = [*self.running, *self.left_out]
+        self.left_out.clear()
+        try:
+            yield
+        finally:
+            batch = {job.handle for job in self.planner.running}
+            self.left_out.update((r, None) for r in self.running if r not in batch)
+            self.running = [r for r in self.running if r in batch]
 
     def shutdown(self) -> None:
         """As vLLM's; saves the step-time profile once more."""

@@ -10,7 +10,7 @@ from fastserve_vllm.kv_swap.copies import SynchronousCopies
 
 STARVED = {"max_num_seqs": 8, "num_gpu_blocks_override": 24}
 CONFIG = {"base_quantum_s": 0.002, "starvation_limit_s": 0.3}
-ONE_BLOCK = {"swap_space_gib": 7e-5}  # 64 KiB of KV cache a block
+TWO_BLOCKS = {"swap_space_gib": 7e-5}
 
 
 def assert_clean(scheduler):
@@ -47,11 +47,11 @@ def test_copies_that_fail_in_the_worker(tiny_model, requests, stock_tokens, fail
         assert_clean(scheduler_of(llm))
 
 
-def test_host_memory_for_one_block(tiny_model, requests, stock_tokens):
+def test_host_memory_for_two_blocks(tiny_model, requests, stock_tokens):
     """A host pool that is always full: who has to leave computes again, to the same tokens."""
-    config = {**CONFIG, **ONE_BLOCK}
+    config = {**CONFIG, **TWO_BLOCKS}
     with running(LLM, tiny_model, fastserve_config=config, **STARVED) as llm:
-        assert scheduler_of(llm).exchange.host_blocks == 1
+        assert scheduler_of(llm).exchange.host_blocks == 2
         assert requests.generate(llm) == stock_tokens
         assert scheduler_of(llm).planner.counters.recomputed > 0
         assert_clean(scheduler_of(llm))

@@ -218,7 +218,8 @@ class World:
             blocked = job.state is JobState.BLOCKED
             allowed = {level, 0, level + 1} if ran else {level, 0}
             assert blocked or job.level in allowed, f"I2: {job} was in level {level}"
-            if job.state is JobState.RUNNING and job.level < policy.num_levels - 1:
+            counts = job.turn_s is None and job.level < policy.num_levels - 1
+            if job.state is JobState.RUNNING and counts:
                 attained_s = policy.attained_service_s(job)
                 assert attained_s < quanta_s[job.level] + job.grace_s, f"I3: {job}"
 

@@ -36,7 +36,7 @@ IDLE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache
 def lengths(trace=None, count=2000, seed=0):
     """Lengths of requests: those of a trace, or spread like a chat's; they fit 512 tokens."""
     if trace is not None:
-        from benchmarks.workload import load_trace
+        from fastserve_vllm.traces import load_trace
 
         rows = [(row.prompt_tokens, row.output_tokens) for row in load_trace(Path(trace))]
     else:

@@ -111,8 +111,10 @@ class Traffic:
     async def grammar(self, dice):
         form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
         body = {**self.body(dice), "response_format": form, "max_tokens": 30, "ignore_eos": False}
-        answer = await self.post("/v1/completions", body)
-        assert json.loads(answer["choices"][0]["text"])["ok"] in (True, False)
+        (choice,) = (await self.post("/v1/completions", body))["choices"]
+        # White space may use up the tokens; what is complete has to obey.
+        if choice["finish_reason"] != "length":
+            assert json.loads(choice["text"])["ok"] in (True, False)
         return "answered"
 
     async def too_long(self, dice):

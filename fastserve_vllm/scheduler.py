@@ -88,6 +88,8 @@ class FastServeScheduler(AsyncScheduler):
         self._jobs: dict[str, Job] = {}
         self._blocked: dict[Job, None] = {}
         self._resetting = False
+        # Whether vLLM let a job of the last plan not start, for want of memory that others reserve.
+        self.start_refused = False
         self.moves = SwapMoves(self, self._jobs)
         self._check_every = check_period_steps()
         self.reporter = Reporter(self.planner, self.timer, self.exchange)
@@ -203,6 +205,7 @@ class FastServeScheduler(AsyncScheduler):
     def _reconcile(self, plan: StepPlan, output: SchedulerOutput, now_s: float) -> None:
         """Follow what vLLM did where it could not follow the plan; track prefills."""
         scheduled = output.num_scheduled_tokens
+        self.start_refused = False
         if len(scheduled) != len(plan.batch):
             self.waiting.plan(())
             self.kv_holding_waiting.plan(())
@@ -229,6 +232,7 @@ class FastServeScheduler(AsyncScheduler):
             # It came back from the host, and vLLM found no tokens or watermark for it.
             self.planner.missed(job, now_s)
         else:
+            self.start_refused = True
             self.planner.evict(job, now_s)
 
     # ---- life of a request ----------------------------------------------------------------

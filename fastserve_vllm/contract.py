@@ -94,6 +94,7 @@ CONTRACT: tuple[Seam, ...] = (
             "finished_recving_kv_req_ids",
             "failed_recving_kv_req_ids",
             "requires_kv_delivery",
+            "prev_step_scheduled_req_ids",
         ),
     ),
     Seam(
@@ -141,6 +142,7 @@ CONTRACT: tuple[Seam, ...] = (
     Seam(f"{_KV}.get_blocks", "count the blocks that a preemption frees", ("self", "request_id")),
     Seam(_KV, "count free blocks", sets=("block_pool", "watermark_blocks", "enable_caching")),
     Seam(f"{_KV}.get_block_ids", "copy a request's blocks", ("self", "request_id")),
+    Seam(f"{_KV}.evict_blocks", "forget what a failed copy has spoiled", ("self", "block_ids")),
     Seam(f"{_KV}.free", "free the blocks of a request that came back", ("self", "request")),
     Seam(
         f"{_KV}.allocate_slots",

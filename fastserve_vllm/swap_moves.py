@@ -1,6 +1,6 @@
 """KV cache that leaves the device and comes back: begins the copies, follows how they end."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from vllm.v1.request import Request, RequestStatus
@@ -89,24 +89,29 @@ class SwapMoves:
             if job is not None:
                 self._copied(job, completion)
 
-    def sharers(self, invalid_blocks: Collection[int]) -> list[Job]:
+    def sharers(self, invalid_blocks: Collection[int]) -> dict[Job, set[int]]:
         """The jobs that share blocks, which could not be filled, with one before them.
 
         vLLM lets the first of them compute such a block again and the others rely on it. That
         holds only where all of them run on, and here the first one may be preempted.
+
+        Returns:
+            By job, its blocks: what it computed after the shared ones is wrong, too.
         """
-        found, seen = [], set[int]()
+        found, seen = dict[Job, set[int]](), set[int]()
         for request in (*self._scheduler.running, *self._scheduler.left_out):
             groups = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)
-            held = {block for group in groups for block in group if block in invalid_blocks}
+            blocks = {block for group in groups for block in group}
+            held = blocks & set(invalid_blocks)
             if held & seen:
-                found.append(self._jobs[request.request_id])
+                found[self._jobs[request.request_id]] = blocks
             seen |= held
         return found
 
-    def recover(self, sharers: Iterable[Job]) -> None:
+    def recover(self, sharers: Mapping[Job, set[int]]) -> None:
         """Follow vLLM, which has set requests back to the last token whose KV cache is valid."""
-        for job in sharers:
+        for job, blocks in sharers.items():
+            self._scheduler.kv_cache_manager.evict_blocks(blocks)
             if job.state in (JobState.RUNNING, JobState.PAUSED):
                 self._lose(job)
         for job in self._planner.running:
@@ -151,6 +156,9 @@ class SwapMoves:
         vLLM has dropped the output of the step that read it first, and drops that of later ones.
         """
         self._scheduler.release(job.handle, drop_output=True)
+        # It may start again in the very next step, as nobody does who is preempted in a step: the
+        # workers have to be told of all of its tokens then.
+        self._scheduler.prev_step_scheduled_req_ids.discard(job.job_id)
         self.start_over(job)
 
     def start_over(self, job: Job, *, spilled: bool = False) -> None:

@@ -3,6 +3,9 @@
 # make demo     the same burst of requests on stock vLLM and on FastServe: a table and a plot
 # make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
 # make exact    greedy tokens under KV swap in every way to run the engine (an hour or more)
+# make host-tests  vLLM's own scheduler tests on FastServe's scheduler, fetched by pip (half an hour)
+# make fuzz     random events on the scheduler: STEPS=0 until interrupted, SEED=n from there on
+# make soak     a server under mixed traffic: MINUTES=10
 # make lint     formatting, lints, types, import contracts
 # make dashboards       write examples/grafana and docs/metrics.md from the metric catalogue
 # make dashboards-demo  a server, load for it, and Prometheus; says where to look
@@ -26,9 +29,14 @@ EXACT_ARGS ?=
 BENCH := results/bench
 BENCH_SEEDS ?= 0
 DEMO_ARGS ?=
+HOST_ARGS ?=
+STEPS ?= 100000
+SEED ?= 0
+MINUTES ?= 10
+SOAK_ARGS ?=
 
-.PHONY: serve demo bench test test-033 exact dashboards dashboards-demo lint format
-.PHONY: clean distclean env dev-env vllm-033
+.PHONY: serve demo bench test test-033 exact host-tests fuzz soak dashboards dashboards-demo
+.PHONY: lint format clean distclean env dev-env vllm-033
 .DEFAULT_GOAL := test
 
 serve: env
@@ -73,6 +81,19 @@ dashboards-demo: dev-env
 	@. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 PORT='$(PORT)' \
 	  $(RUN) -m scripts.dashboards.demo $(TINY_MODEL) $(ARGS)
 
+host-tests: dev-env vllm-033
+	. scripts/cpu_env.sh; PYTHONPATH=.:tests/host $(RUN) tests/host/vllm_suite/run.py $(HOST_ARGS)
+
+fuzz: dev-env
+	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
+	. scripts/cpu_env.sh; VLLM_LOGGING_LEVEL=ERROR HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/policy \
+	  $(RUN) tests/fuzz/scheduler_fuzz.py $(TINY_MODEL) --steps $(STEPS) --seed $(SEED)
+
+soak: dev-env
+	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 PYTHONPATH=.:tests:tests/e2e \
+	  $(RUN) tests/soak/soak.py $(TINY_MODEL) --minutes $(MINUTES) $(SOAK_ARGS)
+
 lint: dev-env
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -98,4 +119,4 @@ clean:
 	find . -path './.*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(VLLM_033) .models
+	rm -rf $(VENV) $(VLLM_033) .vllm-tests .models

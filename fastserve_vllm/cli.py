@@ -14,14 +14,19 @@ SCHEDULERS = ("fastserve",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add FastServe's flags to a parser of engine arguments."""
-    group = parser.add_argument_group(
-        "FastServe", "Skip-join multi-level feedback queues with preemption at every token."
-    )
+    group = add_config_argument(parser)
     group.add_argument(
         "--scheduler",
         choices=SCHEDULERS,
         default=None,
         help="Replace vLLM's iteration scheduler.",
+    )
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flag of FastServe's configuration, in a group of its own; returns the group."""
+    group = parser.add_argument_group(
+        "FastServe", "Skip-join multi-level feedback queues with preemption at every token."
     )
     group.add_argument(
         "--fastserve-config",
@@ -29,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="FastServe's configuration as JSON, or by key: --fastserve-config.num_levels 8.",
     )
+    return group
 
 
 def apply_or_exit(args: argparse.Namespace) -> None:
@@ -48,7 +54,7 @@ def apply(args: argparse.Namespace) -> None:
         HostContractError: the installed vLLM does not fit; found before a model is loaded.
     """
     config = getattr(args, "fastserve_config", None)
-    if getattr(args, "scheduler", None) is None:
+    if getattr(args, "scheduler", None) not in SCHEDULERS:
         if config is not None:
             raise ValueError("--fastserve-config has no effect without --scheduler fastserve")
         return

@@ -4,6 +4,7 @@ Every field states its unit and why its default is what it is. A wrong key, type
 `ConfigError` at construction, naming the field and what it accepts.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal, get_args
@@ -19,6 +20,11 @@ POLICY_NAMES: tuple[str, ...] = get_args(PolicyName)
 
 _ACCEPTS = "Input should be "
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+CHECK_EVERY = "FASTSERVE_CHECK_EVERY"
+"""Environment variable: check the invariants in every so many steps, and stop where one is broken.
+For soak tests: a check looks at every request."""
 
 
 class ConfigError(ValueError):
@@ -127,12 +133,22 @@ def _explain(cls: type, errors: Iterable[Any]) -> list[str]:
     for name, [first, *others] in refused.items():
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = ", ".join(sorted(f.name for f in fields(cls)))
-            sentences.append(
-                f"fastserve_config.{name} is not a known key; known keys are: {known}"
-            )
+            sentences.append(f"fastserve_config.{name} is not a known key; known keys are: {known}")
             continue
         accepts = [first["msg"], *(other["msg"].removeprefix(_ACCEPTS) for other in others)]
         sentences.append(
             f"fastserve_config.{name}: {' or '.join(accepts)} (got {first['input']!r})"
         )
     return sentences
+
+
+def check_period_steps() -> int:
+    """Steps from one integrity check to the next, from the environment; 0: none.
+
+    Raises:
+        ConfigError: the variable is not a number of at least 0.
+    """
+    text = os.environ.get(CHECK_EVERY, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"{CHECK_EVERY} is a number of steps, 0 for never; got {text!r}")
+    return int(text)

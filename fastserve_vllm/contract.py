@@ -93,6 +93,8 @@ CONTRACT: tuple[Seam, ...] = (
             "_pause_state",
             "finished_recving_kv_req_ids",
             "failed_recving_kv_req_ids",
+            "requires_kv_delivery",
+            "prev_step_scheduled_req_ids",
         ),
     ),
     Seam(
@@ -140,6 +142,7 @@ CONTRACT: tuple[Seam, ...] = (
     Seam(f"{_KV}.get_blocks", "count the blocks that a preemption frees", ("self", "request_id")),
     Seam(_KV, "count free blocks", sets=("block_pool", "watermark_blocks", "enable_caching")),
     Seam(f"{_KV}.get_block_ids", "copy a request's blocks", ("self", "request_id")),
+    Seam(f"{_KV}.evict_blocks", "forget what a failed copy has spoiled", ("self", "block_ids")),
     Seam(f"{_KV}.free", "free the blocks of a request that came back", ("self", "request")),
     Seam(
         f"{_KV}.allocate_slots",
@@ -236,6 +239,7 @@ CONTRACT: tuple[Seam, ...] = (
     Seam("vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null", "count shared blocks"),
     Seam("vllm.v1.core.kv_cache_manager:KVCacheBlocks", "count blocks", sets=("blocks",)),
     Seam("vllm.v1.kv_cache_interface:KVCacheConfig", "describe itself", sets=("num_blocks",)),
+    Seam("vllm.config:VllmConfig.diffusion_config", "refuse diffusion models"),
     Seam("vllm.config:VllmConfig.max_concurrent_batches", "tell whether steps overlap"),
     Seam("vllm.config:SchedulerConfig.enable_chunked_prefill", "fill the token budget"),
     Seam("vllm.config:SchedulerConfig.long_prefill_token_threshold", "fill the token budget"),

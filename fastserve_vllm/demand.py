@@ -61,7 +61,7 @@ class HostDemand:
             free_slots=slots,
             max_adapters=self._max_adapters,
             overlapping=self._overlapping,
-            admit_queued=scheduler._pause_state is PauseState.UNPAUSED,
+            admit_queued=scheduler._pause_state is PauseState.UNPAUSED and not self._must_drain(),
         )
 
     def token_budget(self) -> int:
@@ -72,6 +72,18 @@ class HostDemand:
         decodes = scheduler.max_num_active_reqs * self.decode_tokens
         gap_s = scheduler.planner.policy.gap_s
         return token_budget(scheduler.step_time, gap_s, self._most_tokens, decodes)
+
+    def _must_drain(self) -> bool:
+        """Whether those who have loaded KV cache from elsewhere go first in this step.
+
+        vLLM refuses a start that would leave no room for them. Whoever it refused may stand before
+        them in the order, and be planned and refused for ever.
+        """
+        scheduler = self._scheduler
+        return scheduler.start_refused and any(
+            request.num_computed_tokens and not scheduler._is_blocked_waiting_status(request.status)
+            for request in scheduler.kv_holding_waiting
+        )
 
     def unready(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs for which vLLM would not schedule a token now.

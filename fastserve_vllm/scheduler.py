@@ -1,7 +1,8 @@
 """vLLM's scheduler, with each step's batch chosen by FastServe: observe, plan, apply, delegate."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.logger import init_logger
@@ -13,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from fastserve_vllm import host
-from fastserve_vllm.config import ConfigError, FastServeConfig
+from fastserve_vllm.config import ConfigError, FastServeConfig, check_period_steps
 from fastserve_vllm.demand import HostDemand
 from fastserve_vllm.kv_swap.connector import find_connector
 from fastserve_vllm.kv_swap.exchange import KvExchange
@@ -44,7 +45,8 @@ class FastServeScheduler(AsyncScheduler):
 
     Raises:
         HostContractError: the installed vLLM does not fit.
-        ConfigError: FastServe's connector is missing, or its configuration is not valid.
+        ConfigError: FastServe's connector is missing, its configuration is not valid, or the model
+            cannot be scheduled by it.
     """
 
     def __init__(
@@ -52,6 +54,11 @@ class FastServeScheduler(AsyncScheduler):
     ) -> None:
         host.check()
         super().__init__(*args, **kwargs)
+        if self.vllm_config.diffusion_config is not None:
+            raise ConfigError(
+                "diffusion models are scheduled by a scheduler of vLLM's own: start this one "
+                "without --scheduler fastserve"
+            )
         connector = find_connector(self.connector)
         if connector is None:
             raise ConfigError(
@@ -81,7 +88,10 @@ class FastServeScheduler(AsyncScheduler):
         self._jobs: dict[str, Job] = {}
         self._blocked: dict[Job, None] = {}
         self._resetting = False
+        # Whether vLLM let a job of the last plan not start, for want of memory that others reserve.
+        self.start_refused = False
         self.moves = SwapMoves(self, self._jobs)
+        self._check_every = check_period_steps()
         self.reporter = Reporter(self)
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", self.describe())
@@ -121,6 +131,8 @@ class FastServeScheduler(AsyncScheduler):
         delegated = time.perf_counter()
         if plan is not None:
             self._reconcile(plan, output, now_s)
+        if self._check_every and self.current_step % self._check_every == 0:
+            self.check_integrity()
         self.timer.scheduled(now_s)
         self.reporter.seconds["follow"] += time.perf_counter() - delegated
         return output
@@ -152,10 +164,17 @@ class FastServeScheduler(AsyncScheduler):
         if step is not None:
             self.reporter.step(step)
         self.reporter.seconds["measure"] += time.perf_counter() - entered
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        transfers = model_runner_output.kv_connector_output
+        if transfers is not None and transfers.invalid_block_ids:
+            sharers = self.moves.sharers(transfers.invalid_block_ids)
+            with self._all_residents():
+                outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self.moves.recover(sharers)
+        else:
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.exchange is not None and self.exchange.has_news:
             entered = time.perf_counter()
-            self.moves.follow(self.exchange, model_runner_output)
+            self.moves.follow(self.exchange)
             self.reporter.seconds["copies"] += time.perf_counter() - entered
         # A server is often killed before it shuts its scheduler down, so an idle one saves, too.
         if not len(self.planner):
@@ -200,6 +219,7 @@ class FastServeScheduler(AsyncScheduler):
     def _reconcile(self, plan: StepPlan, output: SchedulerOutput, now_s: float) -> None:
         """Follow what vLLM did where it could not follow the plan; track prefills."""
         scheduled = output.num_scheduled_tokens
+        self.start_refused = False
         if len(scheduled) != len(plan.batch):
             self.waiting.plan(())
             self.kv_holding_waiting.plan(())
@@ -226,6 +246,7 @@ class FastServeScheduler(AsyncScheduler):
             # It came back from the host, and vLLM found no tokens or watermark for it.
             self.planner.missed(job, now_s)
         else:
+            self.start_refused = True
             self.planner.evict(job, now_s)
 
     # ---- life of a request ----------------------------------------------------------------
@@ -251,8 +272,13 @@ class FastServeScheduler(AsyncScheduler):
         self.planner.block(job)
         self._blocked[job] = None
 
-    def release(self, request: Request) -> None:
-        """Free the device blocks of a resident request, which then waits like a preempted one."""
+    def release(self, request: Request, *, drop_output: bool = False) -> None:
+        """Free the device blocks of a resident request, which then waits like a preempted one.
+
+        Args:
+            request: it runs, is paused, or has come back from the host.
+            drop_output: what steps in flight make of it is wrong.
+        """
         if request.status == RequestStatus.RUNNING:
             if request in self.left_out:
                 del self.left_out[request]
@@ -260,7 +286,8 @@ class FastServeScheduler(AsyncScheduler):
                 self.running.remove(request)
             if self.exchange is not None:
                 self.exchange.abandon(request)
-            super()._preempt_request(request, time.monotonic())
+            drop_output |= self.requires_kv_delivery
+            super()._preempt_request(request, time.monotonic(), drop_stale_output=drop_output)
             return
         # It came back from the host and has not run since: vLLM knows it as preempted already.
         self.kv_holding_waiting.remove_request(request)
@@ -318,21 +345,29 @@ class FastServeScheduler(AsyncScheduler):
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
         """As vLLM's; paused requests hold KV cache like running ones."""
-        self.running = [*self.running, *self.left_out]
-        self.left_out.clear()
-        if reset_running_requests:
-            self.moves.forget_all()
-        self._resetting = reset_running_requests
-        try:
-            successful = super().reset_prefix_cache(reset_running_requests, reset_connector)
-        finally:
-            self._resetting = False
-            batch = {job.handle for job in self.planner.running}
-            self.left_out.update((r, None) for r in self.running if r not in batch)
-            self.running = [r for r in self.running if r in batch]
+        with self._all_residents():
+            if reset_running_requests:
+                self.moves.forget_all()
+            self._resetting = reset_running_requests
+            try:
+                successful = super().reset_prefix_cache(reset_running_requests, reset_connector)
+            finally:
+                self._resetting = False
         if successful:
             self.moves.forget_all()
         return successful
+
+    @contextmanager
+    def _all_residents(self) -> Iterator[None]:
+        """Show vLLM the paused requests, too, where it looks through all that hold KV cache."""
+        self.running = [*self.running, *self.left_out]
+        self.left_out.clear()
+        try:
+            yield
+        finally:
+            batch = {job.handle for job in self.planner.running}
+            self.left_out.update((r, None) for r in self.running if r not in batch)
+            self.running = [r for r in self.running if r in batch]
 
     def shutdown(self) -> None:
         """As vLLM's; saves the step-time profile once more."""

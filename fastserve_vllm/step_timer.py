@@ -59,10 +59,12 @@ class StepTimer:
 
         It took the seconds that it ran alone: from its start, or from the end of the one before.
         """
-        scheduled_s = self._scheduled_at.popleft()
+        # Another part of the engine may complete a step that was not planned here.
+        scheduled_s = self._scheduled_at.popleft() if self._scheduled_at else now_s
         if not output.total_num_scheduled_tokens:
             return None
-        step_s = now_s - max(scheduled_s, self._last_output_s)
+        # A clock that was set back gives nobody service back.
+        step_s = max(now_s - max(scheduled_s, self._last_output_s), 0.0)
         self._last_output_s = now_s
         self._uncharged_s += step_s
         counts = list(output.num_scheduled_tokens.values())

@@ -1,9 +1,8 @@
 """KV cache that leaves the device and comes back: begins the copies, follows how they end."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from fastserve_vllm.kv_swap.exchange import KvExchange
@@ -83,17 +82,40 @@ class SwapMoves:
 
     # ---- what becomes of the copies ---------------------------------------------------------
 
-    def follow(self, exchange: KvExchange, output: ModelRunnerOutput) -> None:
-        """Take in the copies that have completed, and what vLLM made of those that failed."""
+    def follow(self, exchange: KvExchange) -> None:
+        """Take in the copies that have completed."""
         for completion in exchange.completions():
             job = self._jobs.get(completion.request_id)
             if job is not None:
                 self._copied(job, completion)
-        transfers = output.kv_connector_output
-        if transfers is not None and transfers.invalid_block_ids:
-            # vLLM has set some requests back to the last token whose KV cache is valid.
-            for job in self._planner.running:
-                self._demand.size_up_rest(job)
+
+    def sharers(self, invalid_blocks: Collection[int]) -> dict[Job, set[int]]:
+        """The jobs that share blocks, which could not be filled, with one before them.
+
+        vLLM lets the first of them compute such a block again and the others rely on it. That
+        holds only where all of them run on, and here the first one may be preempted.
+
+        Returns:
+            By job, its blocks: what it computed after the shared ones is wrong, too.
+        """
+        found, seen = dict[Job, set[int]](), set[int]()
+        for request in (*self._scheduler.running, *self._scheduler.left_out):
+            groups = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)
+            blocks = {block for group in groups for block in group}
+            held = blocks & set(invalid_blocks)
+            if held & seen:
+                found[self._jobs[request.request_id]] = blocks
+            seen |= held
+        return found
+
+    def recover(self, sharers: Mapping[Job, set[int]]) -> None:
+        """Follow vLLM, which has set requests back to the last token whose KV cache is valid."""
+        for job, blocks in sharers.items():
+            self._scheduler.kv_cache_manager.evict_blocks(blocks)
+            if job.state in (JobState.RUNNING, JobState.PAUSED):
+                self._lose(job)
+        for job in self._planner.running:
+            self._demand.size_up_rest(job)
 
     def _copied(self, job: Job, completion: Completion) -> None:
         """A copy has completed of a request that still lives, and may have been reset since."""
@@ -131,9 +153,12 @@ class SwapMoves:
     def _lose(self, job: Job) -> None:
         """The job's KV cache on the device never arrived from the host: it is of no use.
 
-        vLLM has dropped the output of a step that read it.
+        vLLM has dropped the output of the step that read it first, and drops that of later ones.
         """
-        self._scheduler.release(job.handle)
+        self._scheduler.release(job.handle, drop_output=True)
+        # It may start again in the very next step, as nobody does who is preempted in a step: the
+        # workers have to be told of all of its tokens then.
+        self._scheduler.prev_step_scheduled_req_ids.discard(job.job_id)
         self.start_over(job, cause="copy_failed")
 
     def start_over(self, job: Job, *, spilled: bool = False, cause: str = "host") -> None:

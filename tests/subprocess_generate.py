@@ -9,7 +9,7 @@ from pathlib import Path
 SUPPORT = Path(__file__).parent / "support"
 
 
-def generate(model, *arguments, poison=False, asynchronous=True):
+def generate(model, *arguments, poison=False, asynchronous=True, fail=0):
     """What `generate.py` prints.
 
     Args:
@@ -17,12 +17,14 @@ def generate(model, *arguments, poison=False, asynchronous=True):
         arguments: its command line.
         poison: ruin device blocks before they are filled from the host.
         asynchronous: overlap steps, where the engine allows it.
+        fail: let every so manieth copy fail; 0: none.
 
     Raises:
         RuntimeError: it prints no result; with the end of what it wrote to standard error.
     """
     path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "FASTSERVE_TEST_ASYNC": str(int(asynchronous))}
+    env["FASTSERVE_TEST_FAIL"] = str(fail)
     if poison:
         env["FASTSERVE_TEST_POISON"] = "1"
     done = subprocess.run(

@@ -83,7 +83,11 @@ class StaticPolicy:
         self._arrivals = count()
 
     def key(self, job: Job) -> tuple[float, ...]:
-        """The job's place in the total order, fixed at arrival."""
+        """The job's place in the total order, fixed at arrival.
+
+        (priority, level, place, unique number), as for policies with levels: who leaves the device
+        next is found by priority and level.
+        """
         raise NotImplementedError
 
     def join(self, job: Job, now_s: float) -> None:
@@ -135,13 +139,13 @@ class Fcfs(StaticPolicy):
     """Arrival order within a priority class: every request runs to completion."""
 
     def key(self, job: Job) -> tuple[float, ...]:
-        """(priority, arrival)."""
-        return (job.priority, job.arrival)
+        """(priority, level, arrival), and the arrival once more, as the unique number."""
+        return (job.priority, 0, job.arrival, job.arrival)
 
 
 class FixedPriority(StaticPolicy):
     """Shortest prompt first, the paper's fixed-priority baseline (figure 16)."""
 
     def key(self, job: Job) -> tuple[float, ...]:
-        """(priority, prompt tokens, arrival)."""
-        return (job.priority, job.prompt_tokens, job.arrival)
+        """(priority, level, prompt tokens, arrival)."""
+        return (job.priority, 0, job.prompt_tokens, job.arrival)

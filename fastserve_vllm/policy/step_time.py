@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastserve_vllm.policy.shortest_step import ShortestStep
+
 # Scales that bring the features near 1, so that one process noise suits all of them.
 _SCALES = (1.0, 1e-3, 1e-1, 1e-4)
 _NAMES = ("step_s", "prefill_token_s", "decode_s", "context_token_s")
@@ -52,7 +54,7 @@ class StepTimeModel:
 
     Args:
         coefficients: seconds per step, prefill token, decode and context token to start from.
-        base_quantum_s: the smallest decode step known; None until one is seen.
+        base_quantum_s: the shortest decode step known; None until one is seen.
         pinned: ignore observations, so that runs can be reproduced.
     """
 
@@ -71,7 +73,7 @@ class StepTimeModel:
                 f"({', '.join(_NAMES)}), got {coefficients!r}"
             )
         self.pinned = pinned
-        self.min_decode_step_s = base_quantum_s
+        self._shortest_decode = ShortestStep(base_quantum_s)
         self.observations = 0
         self.outliers = 0
         self._outlier_sides = [0, 0]
@@ -81,6 +83,11 @@ class StepTimeModel:
         size = range(len(_NAMES))
         self._cov = [[self._prior[i] if i == j else 0.0 for j in size] for i in size]
         self._noise_s = self._theta[0]
+
+    @property
+    def min_decode_step_s(self) -> float | None:
+        """The shortest decode step, in seconds, that others confirm; None until one was seen."""
+        return self._shortest_decode.seconds
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -127,7 +134,7 @@ class StepTimeModel:
             return
         self.observations += 1
         if shape.prefill_tokens == 0 and shape.decodes:
-            self.min_decode_step_s = min(self.min_decode_step_s or math.inf, step_s)
+            self._shortest_decode.observe(step_s)
             if self.observations > _DECODE_SAMPLE and self.observations % _DECODE_SAMPLE:
                 return
         self._update(shape.features(), step_s)

@@ -201,7 +201,9 @@ class TestLevels:
 
 
 class TestPromotion:
-    def starving(self, ageing: Ageing | None = AbsoluteAgeing(10.0)) -> Stage:
+    PAPER: ClassVar = AbsoluteAgeing(10.0)
+
+    def starving(self, ageing: Ageing | None = PAPER) -> Stage:
         """Three jobs on one place; each was demoted, the first runs."""
         policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 6), ageing=ageing)
         stage = Stage(policy)

@@ -138,9 +138,7 @@ class TurnsInTime(BoundedLoad):
         levels=st.integers(1, 6),
         skip_join=st.booleans(),
     )
-    def build(
-        self, batch, turns, waiting, ratio, gap, limit, longest, shortest, levels, skip_join
-    ):
+    def build(self, batch, turns, waiting, ratio, gap, limit, longest, shortest, levels, skip_join):
         self.batch_limit, self.most_waiting = batch, waiting
         self.longest_prompt, self.shortest_step = longest, shortest
         self.most_turns = min(turns, batch)

@@ -107,17 +107,18 @@ class TestLearning:
         assert max(off) < 0.15
         assert sum(off) / len(off) < 0.05
 
-    def test_the_base_quantum_is_the_smallest_decode_step(self):
+    def test_the_base_quantum_is_the_shortest_decode_step(self):
         """Only steps that decode and prefill nothing count for the base quantum."""
         model = StepTimeModel()
-        for shape, step_s in [
-            (StepShape(decodes=4), 0.03),
-            (StepShape(decodes=1), 0.02),
-            (StepShape(decodes=2), 0.04),
-            (StepShape(prefill_tokens=1), 0.01),
-            (StepShape(prefill_tokens=1, decodes=1), 0.01),
-        ]:
-            model.observe(shape, step_s)
+        for _ in range(6):
+            for shape, step_s in [
+                (StepShape(decodes=4), 0.03),
+                (StepShape(decodes=1), 0.02),
+                (StepShape(decodes=2), 0.04),
+                (StepShape(prefill_tokens=1), 0.01),
+                (StepShape(prefill_tokens=1, decodes=1), 0.01),
+            ]:
+                model.observe(shape, step_s)
         assert model.min_decode_step_s == 0.02
 
     @pytest.mark.parametrize("step_s", [math.nan, math.inf, -math.inf, 0.0, -1.0])

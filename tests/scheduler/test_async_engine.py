@@ -39,3 +39,21 @@ def test_short_of_memory_no_token_changes(tiny_model, stock, mode, caching):
     assert ours["tokens"] == stock["tokens"]
     assert ours["free_blocks"] == ours["blocks"]
     assert not ours.get("host_blocks_held")
+
+
+@pytest.mark.host_versions
+@pytest.mark.parametrize(("mode", "asynchronous"), [("reactive", True), ("proactive", True)])
+def test_copies_that_fail_change_no_token(tiny_model, mode, asynchronous):
+    """Every fifth copy fails while steps overlap and prompts share their first blocks: nobody
+    computes on what never arrived, and no output computed on it is delivered.
+    """
+    shared = ["--shared-prefix", "96"]
+    engine = {**STARVED, "max_num_batched_tokens": 128, "enable_chunked_prefill": True}
+    arguments = [*shared, "--engine", json.dumps(engine)]
+    arguments += ["--fastserve", json.dumps({"swap_mode": mode, "swap_space_gib": 0.1})]
+    stock = generate(tiny_model, "--stock", *shared)
+    ours = generate(tiny_model, *arguments, poison=True, asynchronous=asynchronous, fail=5)
+    assert ours["failed"] >= 5
+    assert ours["tokens"] == stock["tokens"]
+    assert ours["free_blocks"] == ours["blocks"]
+    assert not ours.get("host_blocks_held")

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from vllm.config import KVTransferConfig
 
 pytestmark = pytest.mark.host_versions
 
@@ -70,3 +71,51 @@ def test_random_traffic_conserves_requests_and_blocks(make_engine, mode, v2, num
     assert finished == {name: n for name, n in wanted.items() if name not in aborted}
     assert len(engine.scheduler.planner) == 0
     assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_blocks - 1
+
+
+def producer(path):
+    """A user's connector that hands a finished request's KV cache to another engine."""
+    return KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_producer",
+        kv_connector_extra_config={"shared_storage_path": str(path)},
+    )
+
+
+def test_output_in_flight_is_dropped_where_kv_is_handed_over(make_engine, tmp_path):
+    """Delivered, it might finish a request whose KV cache was just given up: the other engine would
+    get garbage.
+    """
+    engine = make_engine(
+        8,
+        {"swap_mode": "recompute"},
+        max_num_seqs=3,
+        kv_transfer_config=producer(tmp_path),
+        **ASYNC,
+    )
+    assert engine.scheduler.requires_kv_delivery
+    requests = [engine.add(name, 50, 60) for name in "abc"]
+    stale = []
+    for number in range(100):
+        if number % 10 == 9:
+            requests.append(engine.add(f"urgent-{number}", 60, 3, priority=-1))
+        engine.schedule()
+        stale += [r.drop_stale_output for r in requests if r.num_stale_output_tokens]
+        if len(engine.in_flight) > 1:
+            engine.complete()
+    assert stale, "nobody was preempted with output in flight"
+    assert all(stale)
+    engine.drain()
+    assert {len(engine.outputs[name]) for name in "abc"} == {60}
+
+
+def test_an_output_without_a_schedule_is_taken_in(make_engine):
+    """Another part of the engine may complete a step that this scheduler did not plan."""
+    engine = make_engine(max_num_seqs=1)
+    engine.add("a", 10, 3)
+    output = engine.schedule()
+    engine.scheduler.timer._scheduled_at.clear()
+    engine.complete()
+    assert output.num_scheduled_tokens == {"a": 10}
+    engine.drain()
+    assert len(engine.outputs["a"]) == 3

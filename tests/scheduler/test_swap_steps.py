@@ -228,3 +228,19 @@ def test_random_traffic_obeys_the_laws(make_engine, mode, options, caching):
         assert manager.free_blocks == engine.scheduler.exchange.host_blocks
     assert all(r.status != RequestStatus.RUNNING for r in engine.scheduler.requests.values())
     assert {t.direction for t in engine.transfers} <= set(Direction)
+
+
+@pytest.mark.parametrize("policy", ["fastserve", "mlfq", "fcfs", "fixed-priority"])
+def test_every_policy_swaps_ahead_of_need(make_engine, policy):
+    """Whatever orders the jobs: who is paused for an urgent one leaves and comes back."""
+    engine = make_engine(14, {"policy": policy}, max_num_seqs=2)
+    for i in range(5):
+        engine.add(f"r{i}", 60 + 10 * i, 90)
+        run(engine, 3)
+    for i in range(6):
+        engine.add(f"urgent{i}", 100, 20, priority=-1)
+        run(engine, 12)
+    drained(engine)
+    counters = engine.scheduler.planner.counters
+    assert counters.swapped_out + counters.spilled > 0
+    assert [len(tokens) for tokens in engine.outputs.values()].count(90) == 5

@@ -2,9 +2,10 @@
 
 With `FASTSERVE_TEST_POISON` set, every process puts it in the place of FastServe's own. A block
 whose copy is missing, late or wrong then holds huge numbers instead of what it held before, and no
-such mistake leaves the tokens as they are.
+such mistake leaves the tokens as they are. With `FASTSERVE_TEST_FAIL=N`, every Nth copy fails.
 """
 
+import itertools
 import os
 
 POISON = 0x7F
@@ -12,6 +13,8 @@ POISON = 0x7F
 
 def register():
     """A `vllm.general_plugins` entry point: vLLM calls it in the engine and in every worker."""
+    if every := int(os.environ.get("FASTSERVE_TEST_FAIL", "0")):
+        fail_copies(every)
     if not os.environ.get("FASTSERVE_TEST_POISON"):
         return
     from fastserve_vllm.kv_swap import connector
@@ -29,3 +32,18 @@ def register():
                 rows[:, list(blocks)] = POISON
 
     connector.SwapWorker = PoisoningWorker
+
+
+def fail_copies(every):
+    """Let every so manieth copy raise."""
+    from fastserve_vllm.kv_swap.copies import SynchronousCopies
+
+    calls, copy = itertools.count(1), SynchronousCopies._copy_runs
+
+    def fails(self, transfer):
+        if next(calls) % every == 0:
+            raise OSError("a made-up failure")
+        copy(self, transfer)
+
+    if copy.__name__ != "fails":
+        SynchronousCopies._copy_runs = fails

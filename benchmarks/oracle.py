@@ -6,7 +6,7 @@ end-of-sequence ignored, a request's `max_tokens` is its true output length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.alone import VIRTUAL
@@ -15,18 +15,20 @@ from fastserve_vllm.policy.job import Job
 
 
 class SrptOracle(StaticPolicy):
-    """Orders jobs by the seconds of work that are truly left."""
+    """Orders jobs by the seconds of work that are truly left.
 
-    def __init__(self) -> None:
+    Args:
+        left: prompt tokens and output tokens of a job that are still to be computed.
+    """
+
+    def __init__(self, left: Callable[[Job], tuple[int, int]]) -> None:
         super().__init__()
+        self._left = left
         self._running: dict[Job, None] = {}
 
     def key(self, job: Job) -> tuple[float, ...]:
         """(priority, seconds of work left, arrival)."""
-        request = job.handle
-        left = request.max_tokens - request.num_output_tokens
-        prompt_left = max(request.num_prompt_tokens - request.num_computed_tokens, 0)
-        return (job.priority, VIRTUAL(prompt_left, left), job.arrival)
+        return (job.priority, VIRTUAL(*self._left(job)), job.arrival)
 
     def start(self, job: Job) -> None:
         """Its remaining work shrinks from now on."""
@@ -48,9 +50,23 @@ class SrptOracle(StaticPolicy):
         return tuple(self._running)
 
 
+def left_in_engine(job: Job) -> tuple[int, int]:
+    """What is left of a request of vLLM's."""
+    request = job.handle
+    prompt_left = max(request.num_prompt_tokens - request.num_computed_tokens, 0)
+    return prompt_left, request.max_tokens - request.num_output_tokens
+
+
+def left_in_simulation(job: Job) -> tuple[int, int]:
+    """What is left of a simulated request."""
+    live = job.handle
+    prompt_left = max(live.request.prompt_tokens - live.computed, 0)
+    return prompt_left, live.request.output_tokens - live.generated
+
+
 def install(scheduler: Any) -> None:
     """Give a FastServe scheduler that has no requests yet the oracle for its policy."""
     planner = scheduler.planner
-    planner.policy = SrptOracle()
+    planner.policy = SrptOracle(left_in_engine)
     if getattr(planner, "ahead", None) is not None:
         planner.ahead.policy = planner.policy

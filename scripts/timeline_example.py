@@ -96,7 +96,7 @@ def crop(picture: Path) -> None:
     image = Image.open(picture).convert("RGB")
     blank = Image.new("RGB", image.size, (255, 255, 255))
     bottom = ImageChops.difference(image, blank).getbbox()[3]
-    image.crop((0, 0, image.width, bottom + 16)).quantize(64).save(picture, optimize=True)
+    image.crop((0, 0, image.width, bottom + 16)).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ class Sample:
         self._engine = engine
         self._trace = trace
         self.seconds: list[float] = []
-        self.steps(40 * (args.batch + queued) // args.batch + 200)
+        # Until the burst at the start is over.
+        self.steps(min(40 * (args.batch + queued) // args.batch, 1000) + 200)
         self.seconds.clear()
         self.inside.seconds = 0.0
 

@@ -82,9 +82,21 @@ def main() -> int:
     page.write_text(timeline_page(traces), encoding="utf-8")
     print(page)
     if browser() is not None:
-        _, console = open_page(page, folder / "timeline.png", _SIZE)
-        print(folder / "timeline.png", *console)
+        picture = folder / "timeline.png"
+        _, console = open_page(page, picture, _SIZE)
+        crop(picture)
+        print(picture, *console)
     return 0
+
+
+def crop(picture: Path) -> None:
+    """Cut off the empty part below the page."""
+    from PIL import Image, ImageChops
+
+    image = Image.open(picture).convert("RGB")
+    blank = Image.new("RGB", image.size, (255, 255, 255))
+    bottom = ImageChops.difference(image, blank).getbbox()[3]
+    image.crop((0, 0, image.width, bottom + 16)).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

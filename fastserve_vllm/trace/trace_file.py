@@ -54,7 +54,7 @@ class TraceFile:
     """
 
     def __init__(self, path: str, about: dict[str, Any], max_bytes: int = MAX_BYTES) -> None:
-        header = {"trace": 1, "run": f"{time.time():.3f}-{os.getpid()}", **about}
+        header = {"trace": 1, "run": f"{time.time_ns()}-{os.getpid()}", **about}
         self._handler = _Handler(path, max_bytes, json.dumps(header))
         self._pending: list[Event] = []
         self._written_s = 0.0

@@ -6,8 +6,10 @@ import time
 from collections import Counter
 
 import pytest
+from click.testing import CliRunner
 from serving import free_port, serving
 
+from fastserve_vllm.commands import main
 from fastserve_vllm.metrics import CATALOGUE, Kind
 from fastserve_vllm.trace.reading import read_trace
 from scripts.dashboards.alerts import ALERTS
@@ -104,6 +106,16 @@ def test_swaps_are_visible(watched):
     prometheus, _ = watched
     for name in ("swapped_out", "swapped_in", "preemptions", "demotions"):
         assert float(prometheus.query(f"sum(vllm:fastserve_{name}_total)")[0]["value"][1]) > 0, name
+
+
+def test_top_shows_the_server(starved, watched):
+    """`fastserve top` reads a live server: its batch, its queue, its memory."""
+    arguments = ["top", "--url", starved.url, "--once", "--interval", "1"]
+    result = CliRunner().invoke(main, arguments, env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert re.search(r"running \d of 6 +waiting \d+", result.output)
+    assert re.search(r"device +[█·]+ \d+% +of 39", result.output)
+    assert re.search(r"\d ms a step", result.output)
 
 
 def test_nothing_is_counted_twice(starved, watched):

@@ -166,10 +166,10 @@ class FastServeScheduler(AsyncScheduler):
         self.reporter.seconds["measure"] += time.perf_counter() - entered
         transfers = model_runner_output.kv_connector_output
         if transfers is not None and transfers.invalid_block_ids:
-            sharers = self.moves.sharers(transfers.invalid_block_ids)
+            spoiled = self.moves.spoiled(transfers.invalid_block_ids)
             with self._all_residents():
                 outputs = super().update_from_output(scheduler_output, model_runner_output)
-            self.moves.recover(sharers)
+            self.moves.recover(spoiled)
         else:
             outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.exchange is not None and self.exchange.has_news:

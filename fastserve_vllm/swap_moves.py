@@ -1,6 +1,7 @@
 """KV cache that leaves the device and comes back: begins the copies, follows how they end."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.v1.request import Request, RequestStatus
@@ -13,6 +14,19 @@ from fastserve_vllm.policy.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from fastserve_vllm.scheduler import FastServeScheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Spoiled:
+    """What failed copies have spoiled.
+
+    Attributes:
+        blocks: device blocks whose content is not what their requests' tokens make it.
+        sharers: jobs that hold such a block beside one before them.
+    """
+
+    blocks: set[int]
+    sharers: list[Job]
 
 
 class SwapMoves:
@@ -89,29 +103,29 @@ class SwapMoves:
             if job is not None:
                 self._copied(job, completion)
 
-    def sharers(self, invalid_blocks: Collection[int]) -> dict[Job, set[int]]:
-        """The jobs that share blocks, which could not be filled, with one before them.
+    def spoiled(self, invalid_blocks: Collection[int]) -> Spoiled:
+        """What failed copies have spoiled: the blocks that could not be filled, and all after them.
 
-        vLLM lets the first of them compute such a block again and the others rely on it. That
-        holds only where all of them run on, and here the first one may be preempted.
-
-        Returns:
-            By job, its blocks: what it computed after the shared ones is wrong, too.
+        vLLM lets the first holder of such a block compute it again, and all others, and whoever
+        finds it in the prefix cache, rely on that. It holds only where that one runs on at once,
+        and here it may be preempted.
         """
-        found, seen = dict[Job, set[int]](), set[int]()
+        found, seen = Spoiled(set(), []), set[int]()
         for request in (*self._scheduler.running, *self._scheduler.left_out):
-            groups = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)
-            blocks = {block for group in groups for block in group}
-            held = blocks & set(invalid_blocks)
+            held = set[int]()
+            for blocks in self._scheduler.kv_cache_manager.get_block_ids(request.request_id):
+                places = [i for i, block in enumerate(blocks) if block in invalid_blocks]
+                held.update(blocks[i] for i in places)
+                found.blocks.update(blocks[places[0] :] if places else ())
             if held & seen:
-                found[self._jobs[request.request_id]] = blocks
+                found.sharers.append(self._jobs[request.request_id])
             seen |= held
         return found
 
-    def recover(self, sharers: Mapping[Job, set[int]]) -> None:
+    def recover(self, spoiled: Spoiled) -> None:
         """Follow vLLM, which has set requests back to the last token whose KV cache is valid."""
-        for job, blocks in sharers.items():
-            self._scheduler.kv_cache_manager.evict_blocks(blocks)
+        self._scheduler.kv_cache_manager.evict_blocks(spoiled.blocks)
+        for job in spoiled.sharers:
             if job.state in (JobState.RUNNING, JobState.PAUSED):
                 self._lose(job)
         for job in self._planner.running:

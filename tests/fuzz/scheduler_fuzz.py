@@ -47,7 +47,7 @@ class World:
 
     def __init__(self, model, seed, profile):
         self.dice = dice = random.Random(seed)
-        self.calm = dice.random() < 0.2
+        self.calm = seed % 4 == 3
         self.limit = dice.choice([1, 2, 4, 6])
         self.blocks = 2048 if self.calm else dice.choice([14, 20, 40, 200])
         self.wanted, self.aborted, self.tables = {}, set(), Counter()
@@ -118,7 +118,7 @@ class World:
         elif roll < 0.18:
             self.abort(dice.choice([1, 1, 3, 1000]))
         elif roll < 0.19:
-            self.scheduler.reset_prefix_cache(reset_running_requests=dice.random() < 0.5)
+            self.reset(running=dice.random() < 0.5)
         elif roll < 0.20:
             state = dice.choice(list(PauseState))
             self.scheduler.set_pause_state(state)
@@ -126,6 +126,14 @@ class World:
             self.scheduler.set_pause_state(PauseState.UNPAUSED)
         elif roll < 0.24:
             self.engine.clock.now_s += dice.choice([1, 64, 4096, 1 << 24]) * TICK_S
+
+    def reset(self, *, running):
+        """VLLM gives up where an aborted request holds blocks that are still being copied."""
+        try:
+            self.scheduler.reset_prefix_cache(reset_running_requests=running)
+        except RuntimeError:
+            assert any(request.is_finished() for request in self.scheduler.requests.values())
+            self.tables["resets refused"] += 1
 
     def add(self):
         dice, name = self.dice, f"r{len(self.wanted)}"

@@ -1,12 +1,10 @@
 """The real scheduler under random events; `make fuzz STEPS=...` goes on for as long as wanted."""
 
-import pytest
 from scheduler_fuzz import fuzz, write_profile
 
 STEPS = 10_000
 
 
-@pytest.mark.host_versions
 def test_random_events_break_no_law(tiny_model, tmp_path):
     """I1-I4, I6 and I9 after each of 10,000 steps: arrivals, aborts, resets, pauses, late and
     failed copies, clock jumps, one to three steps in flight; then everybody finishes."""

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import vllm
 
-pytestmark = pytest.mark.host_versions
-
 ROOT = Path(__file__).parent.parent.parent
 APPLY = [sys.executable, str(ROOT / "patches" / "apply.py")]
 PATCHES = sorted((ROOT / "patches").glob("*.patch"))
@@ -51,6 +49,7 @@ def patched_env(patched, subprocess_env):
     return subprocess_env | {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
+@pytest.mark.host_versions
 def test_ledger_names_every_patch():
     """No patch without a row that says why; no more than three."""
     ledger = (ROOT / "patches" / "README.md").read_text()
@@ -58,6 +57,7 @@ def test_ledger_names_every_patch():
     assert all(f"`{patch.name}`" in ledger for patch in PATCHES)
 
 
+@pytest.mark.host_versions
 def test_applying_again_changes_nothing(patched):
     """A tree that has a patch is left as it is."""
     path = patched / "vllm" / "engine" / "arg_utils.py"

@@ -29,6 +29,7 @@ FLAGS = [
 ]
 CHECK_EVERY = 50
 SAMPLE_S = 1.0
+PREEMPTIONS = "vllm:fastserve_preemptions_total"
 JOBS, HOST = "vllm:fastserve_jobs", "vllm:fastserve_host_blocks"
 IDLE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
@@ -88,9 +89,9 @@ async def soak(server, minutes, seed=0, trace=None):
         "minutes": round((time.monotonic() - begun) / 60, 2),
         "ends": dict(traffic.tally.ends),
         "wrong": traffic.tally.wrong,
-        "counters": {
-            name: metrics[(f"vllm:fastserve_{name}_total",)]
-            for name in ("started", "paused", "recomputed", "spilled", "swapped_out", "swapped_in")
+        "preemptions": {
+            mode: sum(v for key, v in metrics.items() if key[0] == PREEMPTIONS and mode in key)
+            for mode in ("paused", "swapped_out", "spilled", "recomputed")
         },
         "jobs": {key[1]: value for key, value in metrics.items() if key[0] == JOBS and value},
         "host_blocks": {key[1]: value for key, value in metrics.items() if key[0] == HOST},
@@ -121,10 +122,10 @@ def verdict(figures, rss_tolerance):
     early, late = figures["rss_mib"]["early"], figures["rss_mib"]["late"]
     if late > early * (1 + rss_tolerance):
         wrong.append(f"memory grew from {early} to {late} MiB")
-    counters = figures["counters"]
-    moved = counters["spilled"] + counters["swapped_out"]
-    if min(counters["paused"], moved, figures["ends"].get("left", 0)) < 5:
-        wrong.append(f"nothing to withstand: {counters} {figures['ends']}")
+    preemptions = figures["preemptions"]
+    moved = preemptions["spilled"] + preemptions["swapped_out"]
+    if min(preemptions["paused"], moved, figures["ends"].get("left", 0)) < 5:
+        wrong.append(f"nothing to withstand: {preemptions} {figures['ends']}")
     return wrong
 
 

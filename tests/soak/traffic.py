@@ -67,7 +67,7 @@ class Traffic:
         kind = dice.choice(kinds)
         try:
             self.tally.note(await kind(dice))
-        except (httpx.HTTPError, AssertionError, json.JSONDecodeError) as error:
+        except (httpx.HTTPError, AssertionError) as error:
             self.tally.note("failed")
             self.tally.wrong.append(f"{kind.__name__}: {type(error).__name__} {error}")
 
@@ -114,7 +114,10 @@ class Traffic:
         (choice,) = (await self.post("/v1/completions", body))["choices"]
         # White space may use up the tokens; what is complete has to obey.
         if choice["finish_reason"] != "length":
-            assert json.loads(choice["text"])["ok"] in (True, False)
+            try:
+                assert json.loads(choice["text"])["ok"] in (True, False)
+            except json.JSONDecodeError:
+                raise AssertionError(choice["text"], choice["finish_reason"]) from None
         return "answered"
 
     async def too_long(self, dice):

@@ -151,12 +151,13 @@ def _slowdown_by_bucket(records: Sequence[RequestRecord], idle: Idle) -> Figures
 
 
 def preemption_figures(counters: Mapping[str, Any]) -> Figures:
-    """Preemptions by kind."""
-    return {
-        "paused": counters.get("paused", 0),
-        "recomputed": counters.get("recomputed", 0),
-        "by_vllm": counters.get("vllm_preemptions", 0),
-    }
+    """Preemptions by what becomes of the KV cache; the engine and its server name them alike."""
+    by_kind: Mapping[str, float] = counters.get("preempted") or counters.get("preemptions") or {}
+    kinds = dict.fromkeys(("paused", "recomputed"), 0.0)
+    for labels, times in by_kind.items():
+        for mode in kinds.keys() & set(labels.replace(" ", "").split(",")):
+            kinds[mode] += times
+    return {**kinds, "by_vllm": counters.get("vllm_preemptions", 0)}
 
 
 def swap_figures(counters: Mapping[str, Any], stepping_s: float) -> Figures:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.alone import Alone
-from benchmarks.metrics import figures_of, requests_per_s, sustained_rate
+from benchmarks.metrics import figures_of, preemption_figures, requests_per_s, sustained_rate
 from benchmarks.records import RequestRecord, digest_of_run, digest_of_tokens
 
 
@@ -125,3 +125,12 @@ def test_targets_are_met_on_both_sides(times_s, met):
     """Time to first token and time a token, in steps of 0.1 s."""
     result = figures(record(0.0, times_s))["within_target"]
     assert tuple(result.values()) == met
+
+
+def test_preemptions_are_told_apart_in_process_and_over_http():
+    """The scheduler's own counter and the server's metric name the same kinds."""
+    own = {"preempted": {"paused,order": 3, "paused,host": 1, "recomputed,memory": 2}}
+    served = {"preemptions": {"order, paused": 3.0, "host, paused": 1.0, "memory, recomputed": 2.0}}
+    for counters in (own, served):
+        figures = preemption_figures(counters)
+        assert (figures["paused"], figures["recomputed"]) == (4, 2)

@@ -183,9 +183,12 @@ class StepPlanner:
             self._moved.clear()
         if not limits.admit_queued:
             return self._drain(limits, now_s)
+        if self._roster.contended(limits.batch_limit):
+            self._refresh()
         joined, left, held = self._take_ready(limits)
         tokens, blocks = limits.bounds(self._roster.running, joined)
         if not limits.hold(tokens, blocks, joined):
+            self._refresh()
             candidates = sorted([*self._roster.running, *left], key=_by_key)
             return self._fit(candidates, held, limits, now_s)
         if joined or left or held:
@@ -235,6 +238,10 @@ class StepPlanner:
             joined += newest
         return joined, left, held
 
+    def _refresh(self) -> None:
+        if self.policy.refresh():
+            self._roster.running.sort(key=_by_key)
+
     def _hold_back(self, jobs: Sequence[Job]) -> list[Job]:
         """Take those of the running jobs out that have nothing to compute, and return them."""
         unready = self.demand.unready(jobs)
@@ -246,6 +253,7 @@ class StepPlanner:
     def _drain(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Nothing new may start: choose among the jobs that hold KV cache."""
         roster = self._roster
+        self._refresh()
         holders = [*roster.paused, *roster.loaded]
         for job in holders:
             withdraw(job)
@@ -311,6 +319,7 @@ class StepPlanner:
         ahead, roster = self.ahead, self._roster
         if ahead is None or not ahead.follow(idle_blocks, limits.block_tokens):
             return plan
+        self._refresh()
         room = Room(
             idle_blocks=max(idle_blocks, 0),
             freeing_blocks=roster.leaving_blocks,

@@ -114,6 +114,13 @@ class Roster:
         for job in moved:
             insort(running, job, key=_by_key)
 
+    def contended(self, batch_limit: int) -> bool:
+        """Whether a job of the batch may have to leave it for another."""
+        running, head = self.running, self.first_waiting()
+        if len(running) < batch_limit or not running:
+            return False
+        return len(running) > batch_limit or (head is not None and head[0].key < running[-1].key)
+
     def fill(self, batch_limit: int) -> tuple[list[Job], list[Job]]:
         """Make `running` the first `batch_limit` jobs of the order; no job's state changes yet.
 

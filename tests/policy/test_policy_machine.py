@@ -270,7 +270,7 @@ class PolicyMachine(RuleBasedStateMachine):
         """Plan a step, and check the plan; returns also the states before it."""
         limits = self.host.limits(self.planner, **options)
         states = {job: job.state for job in self.planner.jobs}
-        # Whoever stops running in the last level has another key after.
+        self.policy.refresh()
         self.keys = {job: job.key for job in self.planner.jobs}
         declined = sum(self.planner.counters.declined.values())
         expected = reference_plan(self.planner.jobs, limits, self.host)

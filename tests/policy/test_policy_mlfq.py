@@ -157,7 +157,7 @@ class TestLevels:
         """Who runs in the last level is not displaced by whom it has outrun meanwhile.
 
         a enters the last level at 1 s, at place 0 - 3 * 1. Until 18 s it has gained 17 * 3 more.
-        b comes at 8 s and enters at 18, at place 8 - 3 * 10: before a's old one, behind its new one.
+        b comes at 8 s and enters at 18, at place 8 - 3 * 10: between a's old one and its new one.
         """
         stage = Stage(SkipJoinMlfq(QuantumLadder(1.0, 2.0, 2), service_weight=3.0))
         stage.add("a")

@@ -44,6 +44,16 @@ class Policy(Protocol):
         """A step of `step_s` seconds ended: charge it to the running jobs."""
         ...
 
+    def refresh(self) -> bool:
+        """Bring the keys of running jobs up to date, where running changes them.
+
+        The one method that costs O(B); called where a job of the batch may lose its place.
+
+        Returns:
+            Whether their order may have changed.
+        """
+        ...
+
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Raise the jobs that have waited for too long."""
         ...
@@ -109,6 +119,10 @@ class StaticPolicy:
     def charge(self, step_s: float) -> Sequence[Job]:
         """Service does not matter."""
         return ()
+
+    def refresh(self) -> bool:
+        """Running changes nobody's key."""
+        return False
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Nobody is ever promoted."""

@@ -182,9 +182,14 @@ class StepBudget:
         """Whether a job without KV cache could still be admitted."""
         return self.partial is None and not self._queued_closed
 
+    def takes(self, job: Job) -> bool:
+        """Whether this queued job could still be admitted if it has no KV cache."""
+        behind = self._first_victim is not None and job.key > self._first_victim
+        return self.takes_queued and not behind
+
     def _turns_away(self, job: Job) -> bool:
         """Whether the queued job stands behind one that it must not overtake."""
-        if self.takes_queued and (self._first_victim is None or job.key < self._first_victim):
+        if self.takes(job):
             return False
         return self.partial is not None or not self.demand.holds_kv(job)
 

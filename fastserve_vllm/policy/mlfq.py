@@ -150,6 +150,19 @@ class SkipJoinMlfq:
             self._schedule_expiry(job)
         return moved
 
+    def refresh(self) -> bool:
+        """In the last level, running makes older: those who run gain on those who wait."""
+        if not self.service_weight:
+            return False
+        found = False
+        # Nothing else is without end.
+        for due_s, _, job in reversed(self._expiries):
+            if due_s < math.inf:
+                break
+            found = True
+            job.key = self._key(job)
+        return found
+
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Raise the jobs that have waited for as long as ageing lets them.
 

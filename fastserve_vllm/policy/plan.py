@@ -186,8 +186,7 @@ class StepPlanner:
         joined, left, held = self._take_ready(limits)
         tokens, blocks = limits.bounds(self._roster.running, joined)
         if not limits.hold(tokens, blocks, joined):
-            candidates = sorted([*self._roster.running, *left], key=_by_key)
-            return self._fit(candidates, held, limits, now_s)
+            return self._fit([*self._roster.running, *left], held, limits, now_s)
         if joined or left or held:
             self.counters.pause(len(left))
             # First to run first: who has waited equally long is promoted in this order.
@@ -223,7 +222,7 @@ class StepPlanner:
         """
         roster = self._roster
         held = self._hold_back(roster.running) if limits.overlapping else []
-        joined, left = roster.fill(limits.batch_limit)
+        joined, left = roster.fill(limits.batch_limit, self.policy)
         newest = joined
         while limits.overlapping and (unready := self._hold_back(newest)):
             held += unready
@@ -231,7 +230,7 @@ class StepPlanner:
             joined = [job for job in joined if job not in gone]
             # There is room again, first of all for the displaced.
             roster.running = sorted([*roster.running, *left], key=_by_key)
-            newest, left = roster.fill(limits.batch_limit)
+            newest, left = roster.fill(limits.batch_limit, self.policy)
             joined += newest
         return joined, left, held
 
@@ -249,8 +248,7 @@ class StepPlanner:
         holders = [*roster.paused, *roster.loaded]
         for job in holders:
             withdraw(job)
-        candidates = sorted([*roster.running, *holders], key=_by_key)
-        return self._fit(candidates, [], limits, now_s)
+        return self._fit([*roster.running, *holders], [], limits, now_s)
 
     def _fit(
         self, candidates: list[Job], held: list[Job], limits: StepLimits, now_s: float
@@ -258,11 +256,13 @@ class StepPlanner:
         """Walk the total order and give each job what is still there.
 
         Args:
-            candidates: jobs taken out of the queues or still running, in order.
+            candidates: jobs taken out of the queues or still running.
             held: jobs taken out that have nothing to compute.
             limits: the room of the step.
             now_s: the time.
         """
+        self._roster.refresh(self.policy)
+        candidates.sort(key=_by_key)
         walk = Walk(self._roster, candidates, held, limits, self.demand)
         self.counters.decline(walk.budget.declined)
         plan = self._regroup(walk, now_s)
@@ -311,6 +311,7 @@ class StepPlanner:
         ahead, roster = self.ahead, self._roster
         if ahead is None or not ahead.follow(idle_blocks, limits.block_tokens):
             return plan
+        roster.refresh(self.policy)
         room = Room(
             idle_blocks=max(idle_blocks, 0),
             freeing_blocks=roster.leaving_blocks,

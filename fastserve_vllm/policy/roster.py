@@ -4,6 +4,7 @@ from bisect import insort
 from collections.abc import Collection, Iterable
 from operator import attrgetter
 
+from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.queues import ReadyQueue, withdraw
 
@@ -114,12 +115,23 @@ class Roster:
         for job in moved:
             insort(running, job, key=_by_key)
 
-    def fill(self, batch_limit: int) -> tuple[list[Job], list[Job]]:
+    def refresh(self, policy: Policy) -> None:
+        """Bring the running jobs' places up to date."""
+        if policy.refresh():
+            self.running.sort(key=_by_key)
+
+    def fill(self, batch_limit: int, policy: Policy) -> tuple[list[Job], list[Job]]:
         """Make `running` the first `batch_limit` jobs of the order; no job's state changes yet.
+
+        Args:
+            batch_limit: jobs in the batch.
+            policy: asked for the running jobs' places only if one may lose its own.
 
         Returns:
             The jobs that joined it, and the running ones that they displaced, last one first.
         """
+        if self._contended(batch_limit):
+            self.refresh(policy)
         running = self.running
         joined: list[Job] = []
         left = [running.pop() for _ in range(len(running) - batch_limit)]
@@ -132,6 +144,15 @@ class Roster:
             if len(running) > batch_limit:
                 left.append(running.pop())
         return joined, left
+
+    def _contended(self, batch_limit: int) -> bool:
+        """Whether a job of the batch may have to leave it."""
+        running = self.running
+        if len(running) < batch_limit or not running:
+            return False
+        head = self.first_waiting()
+        # A place that is not up to date is one further back.
+        return len(running) > batch_limit or (head is not None and head[0].key < running[-1].key)
 
     # ---- who waits --------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class Walk:
 
     def _first_welcome(self) -> tuple[Job, ReadyQueue] | None:
         """The first of those that wait whom the budget may still admit."""
-        if self.budget.takes_queued:
-            return self._roster.first_waiting()
-        return self._roster.first_holder()
+        head = self._roster.first_waiting()
+        if head is not None and head[1] is self._roster.queued and not self.budget.takes(head[0]):
+            return self._roster.first_holder()
+        return head

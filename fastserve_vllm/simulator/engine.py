@@ -15,7 +15,7 @@ from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.make import base_quantum_s, make_policy, rebase
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_plan import StepPlan
-from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
+from fastserve_vllm.policy.step_time import StepShape, StepTimeModel, load_profile
 from fastserve_vllm.simulator.copies import Copy, CopyChannels
 from fastserve_vllm.simulator.free_blocks import FreeBlocks
 from fastserve_vllm.simulator.kv_cache import HostState, KvCache, LiveRequest
@@ -55,7 +55,8 @@ class SimulatedEngine:
         self.prefill_tokens = 0
         self._on_gap = on_gap or _ignore
         self._leap = leap
-        self._learned = StepTimeModel()
+        profile = config.step_time_profile
+        self._learned = StepTimeModel() if profile is None else load_profile(profile)
         self.kv = KvCache(
             device=FreeBlocks(shape.device_blocks),
             block_tokens=shape.block_tokens,
@@ -172,7 +173,7 @@ class SimulatedEngine:
         self._land()
 
     def _compute(self, plan: StepPlan, begun_s: float, arrival_s: float) -> list[ServedRequest]:
-        counts = self._token_counts(plan)
+        plan, counts = self._token_counts(plan)
         prefill, context = 0, 0
         for job, tokens in zip(plan.batch, counts, strict=True):
             context += job.handle.computed
@@ -200,16 +201,20 @@ class SimulatedEngine:
         self._uncharged_s += wait_s + total_s
         self._uncharged_steps += steps
         if steps > 1:
-            self._on_gap(first_s + (steps - 1) * growth_s / 2, (steps - 1) * decodes)
+            # Those of the second step to the last.
+            self._on_gap(first_s + steps * growth_s / 2, (steps - 1) * decodes)
         finished = self._advance(plan, counts, steps, first_end_s, last_step_s)
         self._land()
         return finished
 
-    def _token_counts(self, plan: StepPlan) -> list[int]:
-        """Tokens that each job of the batch computes; residents are served first, as by vLLM."""
+    def _token_counts(self, plan: StepPlan) -> tuple[StepPlan, list[int]]:
+        """Tokens that each job of the batch computes; residents are served first, as by vLLM.
+
+        So a prefill that gets the rest may leave none to one that came back from the host.
+        """
         batch = plan.batch
         if all(job.next_tokens == 1 for job in batch):
-            return [1] * len(batch)
+            return plan, [1] * len(batch)
         left = self._token_budget()
         counts = dict.fromkeys(batch, 0)
         for entering in (False, True):
@@ -217,9 +222,12 @@ class SimulatedEngine:
                 if job.handle.entered is not entering:
                     counts[job] = min(job.next_tokens, left)
                     left -= counts[job]
-        if not all(counts.values()):
-            raise RuntimeError("a plan needs more tokens than the step has")
-        return list(counts.values())
+        for job in [job for job in batch if not counts[job]]:
+            if not job.handle.blocks:
+                raise RuntimeError("a plan needs more tokens than the step has")
+            self.planner.missed(job, self.now_s)
+            del counts[job]
+        return plan._replace(batch=tuple(counts)), list(counts.values())
 
     def _advance(
         self,

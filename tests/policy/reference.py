@@ -26,10 +26,11 @@ class Record:
     job: Job
     arrival: int
     joined_s: float
+    last: int
+    weight: float
     level: int = 0
     grace_s: float = 0.0
     entry: int = 0
-    place: float = 0.0
     attained_s: float = 0.0
     served_s: float = 0.0
     running: bool = False
@@ -48,6 +49,13 @@ class Record:
         if self.turn_s is not None:
             return (priority, -1, self.turn_entry)
         return (priority, self.level, self.place, self.arrival)
+
+    @property
+    def place(self) -> float:
+        """In its level: last come, last served; in the last level, service makes older."""
+        if self.level < self.last:
+            return self.entry
+        return self.joined_s - self.weight * self.served_s
 
 
 def naive_patience_s(ageing: Ageing, base_s: float, job: Job, served_s: float) -> float:
@@ -94,7 +102,8 @@ class NaiveMlfq:
         return self.quantum_s(record) - record.attained_s
 
     def join(self, job: Job, now_s: float) -> None:
-        record = self.records[job] = Record(job, self.arrivals, now_s)
+        record = Record(job, self.arrivals, now_s, self.last, self.policy.service_weight)
+        self.records[job] = record
         self.arrivals += 1
         level = 0
         if self.policy.skip_join:
@@ -120,8 +129,6 @@ class NaiveMlfq:
     def stop(self, job: Job, now_s: float) -> None:
         record = self.records[job]
         record.running = False
-        if record.turn_s is None:
-            self._settle_place(record)
         self._wait(record, now_s)
 
     def charge(self, step_s: float) -> None:
@@ -141,7 +148,6 @@ class NaiveMlfq:
                     record.turn_s, record.turn_ran_s = 0.0, 0.0
                     continue
                 record.turn_s = None
-                self._settle_place(record)
             if record.attained_s >= self.quantum_s(record):
                 self._enter(record, record.level + 1)
                 self.demotions += 1
@@ -180,13 +186,6 @@ class NaiveMlfq:
         self.entries += 1
         record.level, record.entry = level, self.entries
         record.attained_s = record.grace_s = 0.0
-        self._settle_place(record)
-
-    def _settle_place(self, record: Record) -> None:
-        """The tail of its level; in the last one, older is earlier, and service makes older."""
-        record.place = record.entry
-        if record.level == self.last:
-            record.place = record.joined_s - self.policy.service_weight * record.served_s
 
     def _wait(self, record: Record, now_s: float) -> None:
         record.waiting_since_s = now_s
@@ -257,6 +256,7 @@ class CheckedMlfq(SkipJoinMlfq):
         """What is kept lazily says what looking at everybody says; I2, I3 and turns hold."""
         naive, records = self.naive, self.naive.records
         self.check_integrity(records)
+        self.refresh()
         assert sorted(records, key=by_key) == naive.order()
         assert (self.demotions, self.promotions) == (naive.demotions, naive.promotions)
         assert self.turns == naive.turns

@@ -270,7 +270,7 @@ class PolicyMachine(RuleBasedStateMachine):
         """Plan a step, and check the plan; returns also the states before it."""
         limits = self.host.limits(self.planner, **options)
         states = {job: job.state for job in self.planner.jobs}
-        # Whoever stops running in the last level has another key after.
+        self.policy.refresh()
         self.keys = {job: job.key for job in self.planner.jobs}
         declined = sum(self.planner.counters.declined.values())
         expected = reference_plan(self.planner.jobs, limits, self.host)
@@ -359,7 +359,8 @@ class PolicyMachine(RuleBasedStateMachine):
         victims = set(expected.recomputed)
         gone = {*plan.swapped_out, *plan.recomputed} - victims
         for job in sorted(expected.verdicts, key=self.keys.get):
-            turned_away |= job is expected.partial
+            # A victim's memory goes to nobody behind it who holds none yet.
+            turned_away |= job is expected.partial or job in victims
             if job in batch or self.keys[job] > last or job in gone:
                 continue
             if expected.verdicts[job] is Verdict.DECLINED:
@@ -391,6 +392,13 @@ class PolicyMachine(RuleBasedStateMachine):
             )
             and job not in expected.recomputed
         ]
+        victims = [keys[job] for job in expected.recomputed]
+        if victims:
+            ready = [
+                job
+                for job in ready
+                if states[job] in RESIDENT or self.host.holds_kv(job) or keys[job] < min(victims)
+            ]
         first = sorted(ready, key=keys.get)[: limits.batch_limit]
         wanted = sum(min(job.next_tokens, limits.prefill_chunk) for job in first)
         if wanted <= limits.token_budget:

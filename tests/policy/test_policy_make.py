@@ -6,10 +6,16 @@ import pytest
 
 from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, RelativeAgeing
-from fastserve_vllm.policy.make import ARRANGEMENTS, make_ageing, make_policy, rebase
+from fastserve_vllm.policy.make import (
+    ARRANGEMENTS,
+    base_quantum_s,
+    make_ageing,
+    make_policy,
+    rebase,
+)
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
-from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
+from fastserve_vllm.policy.step_time import StepTimeModel
 
 BATCH = 16
 
@@ -106,13 +112,15 @@ def test_there_is_always_a_turn_to_give(objective, batch_limit):
 
 
 @pytest.mark.parametrize("objective", ARRANGEMENTS)
-def test_the_base_follows_the_smallest_step(objective):
-    """The number of levels stays that of the objective; a configured base stays, too."""
-    step_time = StepTimeModel()
-    step_time.observe(StepShape(0, 1), 0.02)
-    for options, base_s in [({}, 0.02), ({"base_quantum_s": 0.5}, 0.5)]:
+def test_the_base_follows_the_steps(objective):
+    """A step of a full batch, or the smallest one; a configured base stays, so do the levels."""
+    step_time = StepTimeModel((0.02, 0.0, 0.001, 0.0), base_quantum_s=0.02, pinned=True)
+    learned_s = 0.02 if objective == "paper" else 0.02 + BATCH * 0.001
+    for options, base_s in [({}, learned_s), ({"base_quantum_s": 0.5}, 0.5)]:
         config = FastServeConfig(objective=objective, **options)
+        assert base_quantum_s(config, step_time, BATCH) == pytest.approx(base_s)
         policy = make_policy(config, base_s=0.01, batch_limit=BATCH)
         levels = policy.num_levels
-        rebase(policy, config, step_time, [])
-        assert policy.ladder == QuantumLadder(base_s, 2.0, levels)
+        rebase(policy, config, step_time, BATCH, [])
+        assert policy.ladder.base_s == pytest.approx(base_s)
+        assert policy.num_levels == levels

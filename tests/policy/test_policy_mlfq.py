@@ -153,6 +153,27 @@ class TestLevels:
             times[weight] = (stage.jobs["a"].key, young.key)
         assert [young < old for old, young in times.values()] == [False, False, True]
 
+    def test_service_counts_while_it_is_attained(self):
+        """Who runs in the last level is not displaced by whom it has outrun meanwhile.
+
+        a enters the last level at 1 s, at place 0 - 3 * 1. Until 18 s it has gained 17 * 3 more.
+        b comes at 8 s and enters at 18, at place 8 - 3 * 10: between a's old one and its new one.
+        """
+        stage = Stage(SkipJoinMlfq(QuantumLadder(1.0, 2.0, 2), service_weight=3.0))
+        stage.add("a")
+        for _ in range(8):
+            stage.step()
+            stage.spend(1.0)
+        job = make_job("b", output=1 << 20)
+        job.first_step_s = 10.0
+        stage.planner.add(job, stage.now_s)
+        for _ in range(10):
+            assert stage.step(batch_limit=2) == "b a"
+            stage.spend(1.0)
+        assert [stage.step(batch_limit=1) for _ in range(3)] == ["a"] * 3
+        assert job.key == (0, 1, 8 - 3.0 * 10, job.arrival)
+        assert stage.jobs["a"].key[2] == 0 - 3.0 * 18
+
     def test_a_prompt_joins_above_the_last_level(self):
         """However long it takes, and it is not demoted before its first token."""
         policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 3))

@@ -419,6 +419,20 @@ class TestCost:
         assert self.plan(stage, watched_job, **options) <= 6 * (self.BATCH + 1)
         assert stage.host.calls <= 24 * (self.BATCH + 1)
 
+    def test_a_plan_that_takes_memory_looks_at_few_of_the_queued(self, watched_job):
+        """Those behind whoever gives up its KV cache get none of it, so they are not looked at."""
+        stage = self.crowd(watched_job, num_blocks=20)
+        self.plan(stage, watched_job)
+        stage.host.run(
+            stage.plan,
+            stage.planner,
+            stage.host.limits(stage.planner, batch_limit=self.BATCH, token_budget=4096),
+            (),
+        )
+        urgent(stage, "z", prompt=40)
+        assert self.plan(stage, watched_job) <= 6 * (self.BATCH + 1)
+        assert stage.plan.recomputed
+
     def test_charging_looks_at_the_demoted_only(self, watched_job):
         """A step is charged to the whole batch by looking at the jobs whose quantum is used up."""
         stage = self.crowd(watched_job)

@@ -353,11 +353,11 @@ def naive_execute_s(
 
 def naive_enst_s(policy: SkipJoinMlfq, jobs: Iterable[Job], job: Job, batch: int, now_s: float):
     """ENST of the job: now if it has a turn; one that runs without any is not raised."""
+    if job.turn_s is not None:
+        return 0.0
     execute_s = naive_execute_s(policy.ladder, jobs, job.level, batch)
     if job.state is JobState.RUNNING:
         return execute_s
-    if job.turn_s is not None:
-        return 0.0
     if policy.ageing is None:
         return execute_s
     patience_s = naive_patience_s(policy.ageing, policy.ladder.base_s, job, job.served_s)

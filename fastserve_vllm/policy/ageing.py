@@ -1,6 +1,7 @@
 """How long a job may wait, and what it gets then."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -11,7 +12,7 @@ _SLACK = 64
 # Computing lost KV cache again for the sake of one token may take this share of the time at most.
 _RECOMPUTE_PATIENCE = 10.0
 
-DueEntry = tuple[float, int, Job]
+DueEntry = tuple[tuple[float, ...], int, Job, "DueQueue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class RelativeAgeing:
         gap_s: bound of the gap between two tokens, as far as the load allows.
         gap_quanta: the same in base quanta; the longer of the two counts.
         limit_s: longest wait of anybody.
-        most_turns: turns at a time. Beyond that, turns come late, longest overdue first.
+        most_turns: turns at a time, of a priority class and those above it. Beyond that, turns
+            come late, longest overdue first.
     """
 
     ratio: float
@@ -75,8 +77,14 @@ class RelativeAgeing:
 Ageing = AbsoluteAgeing | RelativeAgeing
 
 
+def withdraw(job: Job) -> None:
+    """Take the job out of whatever queue it is in."""
+    if job.due is not None:
+        job.due[-1].discard(job)
+
+
 class DueQueue:
-    """The waiting jobs, next to fall due first: a heap with lazy deletion.
+    """Waiting jobs by rank, such as when they fall due: a heap with lazy deletion.
 
     Operations cost O(log n) amortized.
     """
@@ -89,35 +97,36 @@ class DueQueue:
     def __len__(self) -> int:
         return self._size
 
-    def push(self, job: Job, due_s: float) -> None:
-        """Add the job, or change when it falls due; ties go by the order of the calls."""
-        self._size += job.due is None
-        job.due = (due_s, next(self._numbers), job)
+    def push(self, job: Job, *rank: float) -> None:
+        """Add the job, or move it; ties go by the order of the calls. It is in no other queue."""
+        withdraw(job)
+        self._size += 1
+        job.due = (rank, next(self._numbers), job, self)
         heapq.heappush(self._heap, job.due)
         if len(self._heap) > _SLACK + 2 * self._size:
             self._heap = [entry for entry in self._heap if entry[2].due is entry]
             heapq.heapify(self._heap)
 
     def discard(self, job: Job) -> None:
-        """Remove the job if it is there."""
-        self._size -= job.due is not None
+        """Remove the job, which is there."""
+        self._size -= 1
         job.due = None
 
-    def first(self) -> DueEntry | None:
-        """The entry that falls due first, or None."""
+    def first(self) -> Job | None:
+        """The job with the smallest rank, or None."""
         heap = self._heap
         while heap and heap[0][2].due is not heap[0]:
             heapq.heappop(heap)
-        return heap[0] if heap else None
+        return heap[0][2] if heap else None
 
-    def pop(self) -> Job:
-        """Remove and return the job of `first()`, which must be there."""
-        job = heapq.heappop(self._heap)[2]
-        self.discard(job)
-        return job
+    @property
+    def due_s(self) -> float:
+        """When `first()` falls due, the last part of its rank; infinite where there is nobody."""
+        first = self.first()
+        return math.inf if first is None else float(first.due[0][-1])
 
     def next(self, limit: int) -> Sequence[Job]:
-        """The jobs that fall due first, in order, `limit` at most."""
+        """The jobs with the smallest ranks, in order, `limit` at most."""
         found: list[Job] = []
         self.first()
         frontier = [(self._heap[0], 0)] if self._heap else []

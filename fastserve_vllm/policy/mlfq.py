@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from operator import itemgetter
 
-from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, DueQueue, RelativeAgeing
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, DueQueue, RelativeAgeing, withdraw
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.quantum import QuantumLadder
 
@@ -57,10 +57,13 @@ class SkipJoinMlfq:
         self._service_s = 0.0
         self._num_jobs = 0
         self._num_running = 0
-        self._num_turns = 0
+        # Priority classes of the jobs that have a turn, in order.
+        self._turn_classes: list[int] = []
         # When the quantum of each running job is used up, first one first.
         self._expiries: list[tuple[float, int, Job]] = []
+        # Who may fall due, by when; who is due, by priority class and since when.
         self._waiting = DueQueue()
+        self._overdue = DueQueue()
         self._arrivals = count()
         self._entries = count()
 
@@ -77,9 +80,9 @@ class SkipJoinMlfq:
         return self.ageing.first_due_s(self.ladder.base_s)
 
     def overdue_s(self, now_s: float) -> float:
-        """For how long the first job to fall due has been due; 0 where none is."""
-        head = self._waiting.first()
-        return 0.0 if head is None else max(now_s - head[0], 0.0)
+        """For how long the first job due has been; 0 where none is."""
+        due_s = self._overdue.due_s if len(self._overdue) else self._waiting.due_s
+        return max(now_s - due_s, 0.0)
 
     def join(self, job: Job, now_s: float) -> None:
         """Enter the level that skip-join chooses, with no service attained."""
@@ -100,15 +103,14 @@ class SkipJoinMlfq:
         """Forget the job."""
         self._num_jobs -= 1
         self.level_sizes[job.level] -= 1
-        self._waiting.discard(job)
+        withdraw(job)
         self._cancel_expiry(job)
         if job.turn_s is not None:
-            self._num_turns -= 1
-            job.turn_s = None
+            self._give_back_turn(job)
 
     def start(self, job: Job) -> None:
         """Run the job against what is left of its quantum, or of its turn."""
-        self._waiting.discard(job)
+        withdraw(job)
         self._num_running += 1
         job.running_since_s = self._service_s
         if job.turn_s is not None:
@@ -174,8 +176,8 @@ class SkipJoinMlfq:
         if isinstance(self.ageing, RelativeAgeing):
             return self._give_turns(self.ageing, now_s)
         raised: list[Job] = []
-        while (head := self._waiting.first()) is not None and head[0] <= now_s:
-            job = self._waiting.pop()
+        while (job := self._first_due(now_s)) is not None:
+            withdraw(job)
             if job.level > 0 and not self._is_endless(job):
                 self._move(job, 0)
                 self.promotions += 1
@@ -185,8 +187,7 @@ class SkipJoinMlfq:
     def calm_s(self, now_s: float) -> float:
         """Until the first quantum is used up, or the first waiting job falls due."""
         calm_s = self._expiries[0][0] - self._service_s if self._expiries else math.inf
-        head = self._waiting.first()
-        return calm_s if head is None else min(calm_s, head[0] - now_s)
+        return min(calm_s, self._waiting.due_s - now_s)
 
     def execute_s(self, batch_size: int) -> Sequence[float]:
         """T_execute of the paper's section 4.2, for a job of each level.
@@ -213,7 +214,8 @@ class SkipJoinMlfq:
 
     def next_promoted(self, limit: int) -> Sequence[Job]:
         """The jobs that fall due first."""
-        return self._waiting.next(limit)
+        due = self._overdue.next(limit)
+        return [*due, *self._waiting.next(limit - len(due))]
 
     def turn_left_s(self, job: Job) -> float:
         """What is left of its quantum; one that has a turn is owed it, whatever it costs."""
@@ -256,7 +258,7 @@ class SkipJoinMlfq:
             assert (job.key[1] == _TURN_LEVEL) == (job.turn_s is not None), f"I1: {job}"
             assert self.attained_service_s(job) >= -1e-6, f"I3: {job}"
         assert sizes == self.level_sizes, f"I1: {sizes} jobs by level, counted {self.level_sizes}"
-        assert turns == self._num_turns, f"I1: {turns} jobs have a turn, counted {self._num_turns}"
+        assert turns == len(self._turn_classes), f"I1: {turns} jobs have a turn"
 
     # ---- levels -------------------------------------------------------------------------------
 
@@ -329,22 +331,31 @@ class SkipJoinMlfq:
             self._waiting.push(job, now_s + self.ageing.first_due_s(self.ladder.base_s))
 
     def _give_turns(self, ageing: RelativeAgeing, now_s: float) -> list[Job]:
-        """Give those who are due a turn, longest overdue first, as far as turns reach."""
+        """Give those who are due a turn, as far as turns reach.
+
+        The more urgent class goes first, and the turns of those below it are none of its business:
+        they may be unable to run because of it. In a class, longest overdue is first.
+        """
         raised: list[Job] = []
-        base_s = self.ladder.base_s
-        while (head := self._waiting.first()) is not None and head[0] <= now_s:
-            job = head[2]
-            due_s = job.waiting_since_s + ageing.patience_s(job, base_s, job.served_s)
+        while (job := self._first_due(now_s)) is not None:
+            due_s = self._due_s(ageing, job)
+            if due_s > now_s:
+                self._waiting.push(job, due_s)
+            else:
+                self._overdue.push(job, job.priority, due_s)
+        while (job := self._overdue.first()) is not None:
+            if bisect_right(self._turn_classes, job.priority) >= ageing.most_turns:
+                break
+            # Its KV cache may have left the device since.
+            due_s = self._due_s(ageing, job)
             if due_s > now_s:
                 self._waiting.push(job, due_s)
                 continue
-            if self._num_turns >= ageing.most_turns:
-                break
-            self._waiting.pop()
+            withdraw(job)
             self.turns += 1
             # In time, it would have come in the step after it fell due.
-            self.late_turns += now_s - due_s > ageing.first_due_s(base_s)
-            self._num_turns += 1
+            self.late_turns += now_s - due_s > ageing.first_due_s(self.ladder.base_s)
+            insort(self._turn_classes, job.priority)
             job.turn_s = 0.0
             job.key = (job.priority, _TURN_LEVEL, next(self._entries), job.arrival)
             raised.append(job)
@@ -364,9 +375,19 @@ class SkipJoinMlfq:
         job.turn_s = 0.0
         return True
 
-    def _end_turn(self, job: Job) -> None:
-        self._num_turns -= 1
+    def _first_due(self, now_s: float) -> Job | None:
+        return self._waiting.first() if self._waiting.due_s <= now_s else None
+
+    def _due_s(self, ageing: RelativeAgeing, job: Job) -> float:
+        patience_s = ageing.patience_s(job, self.ladder.base_s, job.served_s)
+        return job.waiting_since_s + patience_s
+
+    def _give_back_turn(self, job: Job) -> None:
+        del self._turn_classes[bisect_left(self._turn_classes, job.priority)]
         job.turn_s = None
+
+    def _end_turn(self, job: Job) -> None:
+        self._give_back_turn(job)
         job.key = self._key(job)
 
     def _is_endless(self, job: Job) -> bool:

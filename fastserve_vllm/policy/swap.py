@@ -150,8 +150,11 @@ class SwapPlanner:
     def enst_s(self, job: Job) -> float:
         """Estimated seconds until the job is next scheduled, at the last decision.
 
-        Of a running job: until it would be again, were it to leave the batch now.
+        Of a running job: until it would be again, were it to leave the batch now. Who has a turn
+        would be at once.
         """
+        if job.turn_s is not None:
+            return 0.0
         if job.state is JobState.RUNNING:
             return self.times[job.level]
         return min(self.policy.promote_s(job, self._now_s), self.times[job.level])

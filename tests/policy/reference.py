@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, withdraw
 from fastserve_vllm.policy.budget import StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
@@ -20,6 +20,7 @@ class Record:
     """A job as the naive policy sees it.
 
     `due_s` is when somebody next looks whether it has waited for too long; None: nobody will.
+    `overdue_s` is since when it has, where that was found; None: it was not.
     `turn_s` is None where it has no turn, and infinite before its turn begins.
     """
 
@@ -36,6 +37,7 @@ class Record:
     running: bool = False
     waiting_since_s: float = 0.0
     due_s: float | None = None
+    overdue_s: float | None = None
     due_number: int = 0
     turn_s: float | None = None
     turn_entry: int = 0
@@ -119,7 +121,7 @@ class NaiveMlfq:
 
     def start(self, job: Job) -> None:
         record = self.records[job]
-        record.running, record.due_s = True, None
+        record.running, record.due_s, record.overdue_s = True, None, None
         if record.turn_s is not None:
             # One step, or the time that the first token is said to take.
             queued = job.state is JobState.QUEUED
@@ -157,7 +159,11 @@ class NaiveMlfq:
             record = min(due, key=attrgetter("due_s", "due_number"))
             if isinstance(self.policy.ageing, AbsoluteAgeing):
                 self._promote(record, self.policy.ageing.limit_s)
-            elif not self._take_turn(record, now_s):
+            else:
+                self._look(record, now_s)
+        while due := [r for r in self.records.values() if r.overdue_s is not None]:
+            record = min(due, key=lambda r: (r.job.priority, r.overdue_s, r.due_number))
+            if not self._take_turn(record, now_s):
                 break
 
     def _promote(self, record: Record, limit_s: float) -> None:
@@ -168,19 +174,31 @@ class NaiveMlfq:
             self.promotions += 1
 
     def _take_turn(self, record: Record, now_s: float) -> bool:
-        """Look at who falls due first; False where there is no turn left to give."""
+        """Give who is overdue a turn; False where its class and those above have all they may."""
+        if self.turns_in_class(record.job.priority) >= self.policy.ageing.most_turns:
+            return False
+        self._look(record, now_s)
+        if record.overdue_s is None:
+            return True
+        self.entries += 1
+        record.overdue_s, record.turn_s, record.turn_entry = None, math.inf, self.entries
+        self.turns += 1
+        return True
+
+    def turns_in_class(self, priority: int) -> int:
+        """Turns of jobs that are at least as urgent."""
+        held = [r for r in self.records.values() if r.turn_s is not None]
+        return sum(record.job.priority <= priority for record in held)
+
+    def _look(self, record: Record, now_s: float) -> None:
+        """Learn whether the job has waited for too long, as it is now."""
         ageing = self.policy.ageing
         patience_s = naive_patience_s(ageing, self.ladder.base_s, record.job, record.served_s)
         due_s = record.waiting_since_s + patience_s
-        if due_s > now_s:
-            self._look_again(record, due_s)
-            return True
-        if sum(r.turn_s is not None for r in self.records.values()) >= ageing.most_turns:
-            return False
-        self.entries += 1
-        record.due_s, record.turn_s, record.turn_entry = None, math.inf, self.entries
-        self.turns += 1
-        return True
+        self._look_again(record, due_s)
+        record.overdue_s = None
+        if due_s <= now_s:
+            record.due_s, record.overdue_s = None, due_s
 
     def _enter(self, record: Record, level: int) -> None:
         self.entries += 1
@@ -249,8 +267,8 @@ class CheckedMlfq(SkipJoinMlfq):
         """From now on nobody falls due."""
         self.ageing = None
         for job, record in self.naive.records.items():
-            record.due_s = None
-            self._waiting.discard(job)
+            record.due_s = record.overdue_s = None
+            withdraw(job)
 
     def compare(self, now_s: float) -> None:
         """What is kept lazily says what looking at everybody says; I2, I3 and turns hold."""
@@ -268,12 +286,18 @@ class CheckedMlfq(SkipJoinMlfq):
             assert (job.turn_s is None) == (record.turn_s is None), f"I6: {job}"
             allowed_s = max(naive.quantum_s(record), self.excused_s.get(job, 0.0))
             assert record.turn_s is not None or record.attained_s <= allowed_s, f"I3: {job}"
-        holders = sum(record.turn_s is not None for record in records.values())
-        assert holders <= getattr(self.ageing, "most_turns", holders), "I6"
+        for priority in {job.priority for job in records}:
+            turns = naive.turns_in_class(priority)
+            below = sum(job.priority < priority and job.turn_s is not None for job in records)
+            # Those above may have taken theirs after.
+            assert turns - below <= getattr(self.ageing, "most_turns", turns), "I6"
         due_s = min((r.due_s for r in records.values() if r.due_s is not None), default=math.inf)
         calm_s = min((naive.left_s(r) for r in records.values() if r.running), default=math.inf)
         assert self.calm_s(now_s) == min(calm_s, due_s - now_s)
-        assert self.overdue_s(now_s) == max(now_s - due_s, 0.0)
+        overdue = [
+            (r.job.priority, r.overdue_s) for r in records.values() if r.overdue_s is not None
+        ]
+        assert self.overdue_s(now_s) == max(now_s - (min(overdue)[1] if overdue else due_s), 0.0)
 
     def _check_transitions(self, change, *, promotes: bool) -> None:
         """I2: `change` moves jobs by promotion to level 0 or by demotion of exactly one level.
@@ -353,11 +377,11 @@ def naive_execute_s(
 
 def naive_enst_s(policy: SkipJoinMlfq, jobs: Iterable[Job], job: Job, batch: int, now_s: float):
     """ENST of the job: now if it has a turn; one that runs without any is not raised."""
+    if job.turn_s is not None:
+        return 0.0
     execute_s = naive_execute_s(policy.ladder, jobs, job.level, batch)
     if job.state is JobState.RUNNING:
         return execute_s
-    if job.turn_s is not None:
-        return 0.0
     if policy.ageing is None:
         return execute_s
     patience_s = naive_patience_s(policy.ageing, policy.ladder.base_s, job, job.served_s)

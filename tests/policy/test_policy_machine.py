@@ -451,8 +451,9 @@ class PolicyMachine(RuleBasedStateMachine):
             steps -= 1
         assert len(self.planner) == 0, "a job never finishes"
         assert self.policy.level_sizes == [0] * self.policy.num_levels
-        assert len(self.policy._waiting) == 0
-        assert self.policy._num_jobs == self.policy._num_running == self.policy._num_turns == 0
+        assert len(self.policy._waiting) == len(self.policy._overdue) == 0
+        assert self.policy._num_jobs == self.policy._num_running == 0
+        assert self.policy._turn_classes == []
 
 
 PolicyMachine.TestCase.settings = settings(

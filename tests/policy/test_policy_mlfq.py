@@ -367,14 +367,22 @@ class TestTurns:
         stage.host.drop(job)
         stage.planner.evict(job, stage.now_s)
         job.first_step_s = 2.0
-        stage.planner.observe(0.0, 22.5)
-        assert self.run(stage, 4) == "bbba"
+        stage.now_s = 22.5
+        # a is longest overdue. Then the new job is, since 24.5 s, and a again since 25.5.
+        assert self.run(stage, 6) == "abbb.a"
 
     def test_a_turn_stays_with_the_urgent_class_behind(self):
         """A turn raises nobody above a more urgent class; it is kept until it has been had."""
         stage = self.stage()
         stage.add("z", priority=-1, output=20)
         assert self.run(stage, 21) == "z" * 20 + "b"
+
+    def test_turns_of_a_class_that_cannot_run_are_no_turns_of_another(self):
+        """Who waits in the more urgent class gets its turns, whoever has one below."""
+        stage = self.stage()
+        stage.add("z", priority=1)
+        assert self.run(stage, 20) == ".....ba.....ba.....b"
+        assert stage.jobs["z"].turn_s is not None
 
     def test_the_gap_bound_follows_slow_steps(self):
         """It is so many base quanta where that is longer; nothing is longer than the limit."""

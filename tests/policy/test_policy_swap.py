@@ -100,6 +100,8 @@ class TestEnst:
         assert policy.promote_starved(1.0) == [job]
         swap.decide((), Room(0), 1.0)
         assert (swap.enst_s(job), policy.turn_left_s(job)) == (0.0, math.inf)
+        policy.start(job)
+        assert swap.enst_s(wait(job, JobState.RUNNING)) == 0.0
 
     @settings(max_examples=100)
     @given(seed=seeds)

@@ -1,6 +1,7 @@
 """What users ask of an engine: each a function that returns something that can be compared."""
 
 import random
+import re
 from dataclasses import dataclass, field
 
 from tiny_engine import greedy
@@ -130,6 +131,24 @@ def regex_beside_free_text(llm):
 def choice(llm):
     grammar = StructuredOutputsParams(choice=["positively", "negatively", "undecided"])
     return tokens(ask(llm, SamplingParams(temperature=0, structured_outputs=grammar), count=8))
+
+
+def regex_after_half_a_character(llm):
+    """A prompt that ends within a character is repeated in the text; the tokens obey all the same.
+
+    Free text before the pattern would be free tokens, if the grammar were what failed.
+    """
+    pattern, tokenizer = r"[a-f]{8}-[0-9]{6}-(yes|no)", llm.get_tokenizer()
+    first_byte = tokenizer.encode("\N{SNOWMAN}")[0]
+    prompts = [{"prompt_token_ids": [*tokenizer.encode(text), first_byte]} for text in texts(6)]
+    grammar = StructuredOutputsParams(regex=pattern)
+    params = SamplingParams(temperature=0, max_tokens=30, structured_outputs=grammar)
+    answers = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    for answer in answers:
+        said = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        assert re.fullmatch(pattern, said), said
+        assert answer.text.endswith(said)
+    return [(list(answer.token_ids), answer.text) for answer in answers]
 
 
 def stop_strings(llm):
@@ -301,6 +320,7 @@ KINDS = {
             logprobs,
             json_schema,
             regex_beside_free_text,
+            regex_after_half_a_character,
             choice,
             stop_strings,
             stop_tokens_and_lengths,

@@ -17,10 +17,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from tabulate import tabulate
 
 from benchmarks.errors import InputError
@@ -69,6 +71,7 @@ PATHS = {
     "e2e mean": ("e2e_ms", "mean"),
     "e2e P99": ("e2e_ms", "p99"),
     "gap P95": ("longest_gap_ms", "p95"),
+    "TTFT P95, longest tenth of prompts": ("long_prompts_ttft_ms", "p95"),
 }
 # Names of the measured systems, as those of simulated arrangements.
 MEASURED = {"fastserve": "balanced", "fastserve-smooth": "smooth", "fastserve-paper": "paper"}
@@ -118,14 +121,15 @@ def _one_seed(task: tuple[argparse.Namespace, list[TraceRow], int]) -> dict[str,
     args, rows, seed = task
     requests, _ = _requests(rows, args, seed)
     shape = _shape(args.batch)
+    tenth = float(np.quantile([request.prompt_tokens for request in requests], 0.9))
+    run = partial(simulate, shape, requests=requests, long_prompt_tokens=tenth)
     fcfs = FastServeConfig(policy="fcfs", swap_mode="recompute")
     runs = {
-        FCFS: simulate(shape, fcfs, requests),
-        ORACLE: simulate(shape, fcfs, requests, policy=SrptOracle(left_in_simulation)),
+        FCFS: run(config=fcfs),
+        ORACLE: run(config=fcfs, policy=SrptOracle(left_in_simulation)),
     }
     for _, name, config in ARRANGEMENTS:
-        parsed = FastServeConfig.parse({"swap_mode": "recompute", **config})
-        runs[name] = simulate(shape, parsed, requests)
+        runs[name] = run(config=FastServeConfig.parse({"swap_mode": "recompute", **config}))
     return {
         name: {title: figures[group][part] for title, (group, part) in PATHS.items()}
         for name, figures in runs.items()
@@ -165,6 +169,7 @@ def measured(folder: Path, load: float) -> dict[str, dict[str, float]]:
                     for run in own
                 )
                 for title, (group, part) in PATHS.items()
+                if value_of(own[0], f"{group}.{part}") is not None
             }
     return found
 
@@ -209,7 +214,9 @@ def _draw_plane(
         axis.plot(simulated[name][across], simulated[name]["e2e mean"], marker, label=name)
     for name in (FCFS, ORACLE, "balanced", "smooth", "paper"):
         place = (simulated[name][across], simulated[name]["e2e mean"])
-        axis.annotate(name, place, fontsize=8, xytext=(4, 4), textcoords="offset points")
+        below = name == "smooth"
+        offset = (4, -12 if below else 4)
+        axis.annotate(name, place, fontsize=8, xytext=offset, textcoords="offset points")
     for number, figures in enumerate(real.values()):
         label = "measured on the engine" if number == 0 else None
         axis.plot(figures[across], figures["e2e mean"], "kx", markersize=9, label=label)

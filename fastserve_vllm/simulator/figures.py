@@ -44,9 +44,15 @@ class Spread:
 
 
 class Figures:
-    """Takes in what an engine serves."""
+    """Takes in what an engine serves.
 
-    def __init__(self) -> None:
+    Args:
+        long_prompt_tokens: prompts of at least so many tokens have figures of their own, too.
+    """
+
+    def __init__(self, long_prompt_tokens: float = math.inf) -> None:
+        self._long_prompt_tokens = long_prompt_tokens
+        self._long_ttft = Spread()
         names = ("ttft_ms", "tpot_ms", "itl_ms", "longest_gap_ms", "e2e_ms", "normalized_ms")
         self._spreads = {name: Spread() for name in names}
         self._requests = self._prompt_tokens = self._output_tokens = 0
@@ -66,6 +72,8 @@ class Figures:
         self._last_s = max(self._last_s, served.last_token_s)
         spreads["ttft_ms"].add(served.ttft_s)
         spreads["e2e_ms"].add(served.e2e_s)
+        if request.prompt_tokens >= self._long_prompt_tokens:
+            self._long_ttft.add(served.ttft_s)
         spreads["normalized_ms"].add(served.normalized_s)
         if request.output_tokens > 1:
             spreads["tpot_ms"].add(served.tpot_s)
@@ -87,5 +95,6 @@ class Figures:
             "duration_s": duration_s,
             "requests_per_s": self._requests / duration_s,
             "output_tokens_per_s": self._output_tokens / duration_s,
+            "long_prompts_ttft_ms": self._long_ttft.figures_ms(),
             **{name: spread.figures_ms() for name, spread in self._spreads.items()},
         }

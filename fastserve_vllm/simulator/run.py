@@ -1,5 +1,6 @@
 """Whole simulations: an engine, a configuration and requests in, figures out."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,7 @@ def simulate(
     requests: Iterable[Request],
     *,
     policy: Policy | None = None,
+    long_prompt_tokens: float = math.inf,
 ) -> dict[str, Any]:
     """Serve the requests, and return the figures of the run.
 
@@ -36,11 +38,12 @@ def simulate(
         config: FastServe's configuration.
         requests: in order of arrival; read one by one.
         policy: a policy of the caller's own.
+        long_prompt_tokens: prompts of at least so many tokens have figures of their own, too.
 
     Raises:
         ValueError: there are no requests, or one can never fit.
     """
-    figures = Figures()
+    figures = Figures(long_prompt_tokens)
     engine = SimulatedEngine(shape, config, policy=policy, on_gap=figures.gap)
     for served in engine.serve(requests):
         figures.take(served)

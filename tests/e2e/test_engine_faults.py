@@ -68,7 +68,8 @@ def test_urgent_request_is_in_the_next_batch(tiny_model):
         pool = scheduler.kv_cache_manager.block_pool
         while pool.get_num_free_blocks() > 1 or len(scheduler.running) < 2:
             engine.step()
-        urgent = {"prompt_token_ids": list(range(10, 200))}
+        # Within the least chunk of a prefill, so that its first step is its only one.
+        urgent = {"prompt_token_ids": list(range(10, 130))}
         engine.add_request("urgent", urgent, greedy(3), priority=-1)
         engine.step()
         (name,) = [r.request_id for r in scheduler.running if r.request_id.startswith("urgent")]

@@ -12,6 +12,8 @@ from fastserve_vllm.testing import ModelFreeEngine, vllm_config
 
 PACKAGE = Path(fastserve_vllm.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+# `fastserve top` reads the metrics of the server that it is pointed at; no engine imports it.
+CLIENT = {"commands/scrape.py": {"urllib"}}
 # Modules that reach a network, run programs, or turn bytes into objects.
 DANGEROUS = {
     *("socket", "socketserver", "http", "urllib", "requests", "httpx", "aiohttp", "zmq", "ssl"),
@@ -36,7 +38,8 @@ def test_nothing_dangerous_is_imported_or_called(path):
     """No module that opens ports, runs programs or unpickles; no evaluation of text."""
     imported = {a.name for node in nodes(path, ast.Import) for a in node.names}
     imported |= {node.module or "" for node in nodes(path, ast.ImportFrom)}
-    assert not {name.partition(".")[0] for name in imported} & DANGEROUS
+    needed = CLIENT.get(str(path.relative_to(PACKAGE)), set())
+    assert {name.partition(".")[0] for name in imported} & DANGEROUS == needed
     assert not {called(node) for node in nodes(path, ast.Call)} & EVALUATES
 
 

@@ -34,9 +34,8 @@ def test_llm_cannot_be_told_of_plugins_arguments():
 
 def test_asynchronous_scheduling_is_a_class_of_its_own():
     """Then `FastServeScheduler` need not choose between the methods of two parents."""
-    overridden = {"_update_after_schedule", "_update_request_with_output"}
     assert issubclass(AsyncScheduler, Scheduler)
-    assert overridden <= set(vars(AsyncScheduler))
+    assert "_update_after_schedule" in vars(AsyncScheduler)
 
 
 def test_cpu_platform_turns_asynchronous_scheduling_off():

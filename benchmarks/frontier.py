@@ -60,6 +60,7 @@ ARRANGEMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("objectives", "paper", {"objective": "paper"}),
     ("without skip-join", "mlfq", {"policy": "mlfq"}),
     *(("num_levels", f"{n} levels", {"num_levels": n}) for n in (3, 5, 6, 8, 9, 10)),
+    *(("quantum_ratio", f"ratio {r:g}", {"quantum_ratio": r}) for r in (1.8, 2, 2.5)),
     *(("max_token_gap_s", f"gap {s:g} s", {"max_token_gap_s": s}) for s in (0.1, 0.2, 0.8, 1.6, 3)),
     *(("service_weight", f"weight {w}", {"service_weight": w}) for w in (0, 20, 300, 1000)),
     ("no ageing", "no ageing", {"starvation_limit_s": "off"}),

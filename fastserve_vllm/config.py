@@ -44,22 +44,23 @@ class FastServeConfig:
     each request; `paper`: the smallest decode step seen so far (section 4.1). Either follows the
     model and the machine by itself."""
 
-    quantum_ratio: float = Field(default=2.0, gt=1)
-    """Quantum of a level over that of the level above it. The paper uses 2."""
 
     objective: Objective = "balanced"
     """Where the waiting goes under overload (docs/objectives.md). `balanced`: the first token at
     once, a finite ladder, and turns for whoever can have one for nothing. `smooth`: the gap between
     two tokens stays within `max_token_gap_s` while the load allows, at the price of more KV swap.
-    `paper`: as published, for comparison. It sets the defaults of the six fields that follow."""
+    `paper`: as published, for comparison. It sets the defaults of the seven fields that follow."""
+
+    quantum_ratio: float | None = Field(default=None, gt=1)
+    """Quantum of a level over that of the level above it. None: 2.2; `paper`: 2."""
 
     num_levels: int | None = Field(default=None, ge=1, le=64)
-    """Number of levels; the last has no quantum. None: 7, which tell answers apart up to 63 base
+    """Number of levels; the last has no quantum. None: 7, which tell answers apart up to 94 base
     quanta of service, about as many tokens; `paper`: 64."""
 
     service_weight: float | None = Field(default=None, ge=0)
     """Seconds of age that a second of attained service counts for in the last level; 0 is arrival
-    order. None: 75; `paper`: 0."""
+    order. None: 50; `paper`: 0."""
 
     ageing: AgeingRule | None = None
     """Who is raised after waiting. `relative`: it waits for `ageing_ratio` times the service it has

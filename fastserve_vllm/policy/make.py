@@ -29,7 +29,8 @@ class Arrangement:
     """
 
     num_levels: int = 7
-    service_weight: float = 75.0
+    quantum_ratio: float = 2.2
+    service_weight: float = 50.0
     ageing: AgeingRule = "relative"
     ageing_ratio: float = 10.0
     starvation_limit_s: float = 3.0
@@ -40,7 +41,11 @@ ARRANGEMENTS: dict[Objective, Arrangement] = {
     "balanced": Arrangement(),
     "smooth": Arrangement(ageing_ratio=0.0, turn_share=0.5),
     "paper": Arrangement(
-        num_levels=64, service_weight=0.0, ageing="absolute", starvation_limit_s=0.3
+        num_levels=64,
+        quantum_ratio=2.0,
+        service_weight=0.0,
+        ageing="absolute",
+        starvation_limit_s=0.3,
     ),
 }
 
@@ -51,8 +56,12 @@ _REBASE_TOLERANCE = 0.05
 
 def make_ladder(config: FastServeConfig, base_s: float) -> QuantumLadder:
     """The configured ladder; `base_s` seconds is used where the configuration names no base."""
-    levels = _chosen(config.num_levels, ARRANGEMENTS[config.objective].num_levels)
-    return QuantumLadder(config.base_quantum_s or base_s, config.quantum_ratio, levels)
+    preset = ARRANGEMENTS[config.objective]
+    return QuantumLadder(
+        config.base_quantum_s or base_s,
+        _chosen(config.quantum_ratio, preset.quantum_ratio),
+        _chosen(config.num_levels, preset.num_levels),
+    )
 
 
 def make_ageing(config: FastServeConfig, batch_limit: int) -> Ageing | None:

@@ -21,7 +21,7 @@ REFUSED = [
     ("quantum_ratio", 0.5, "greater than 1"),
     ("quantum_ratio", math.nan, "finite"),
     ("quantum_ratio", math.inf, "finite"),
-    ("quantum_ratio", None, "number"),
+    ("quantum_ratio", "2", "number"),
     ("num_levels", 0, "greater than or equal to 1"),
     ("num_levels", 65, "less than or equal to 64"),
     ("num_levels", 2.5, "integer"),

@@ -27,8 +27,8 @@ def made(**options: object) -> SkipJoinMlfq:
 
 def test_the_default_is_balanced():
     """A finite ladder, turns, and a last level in which service counts."""
-    policy = made()
-    assert policy.ladder == QuantumLadder(0.01, 2.0, ARRANGEMENTS["balanced"].num_levels)
+    policy, preset = made(), ARRANGEMENTS["balanced"]
+    assert policy.ladder == QuantumLadder(0.01, preset.quantum_ratio, preset.num_levels)
     assert policy.num_levels < 16
     assert policy.skip_join
     assert policy.service_weight > 0

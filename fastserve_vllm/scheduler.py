@@ -91,6 +91,8 @@ class FastServeScheduler(AsyncScheduler):
         # Whether vLLM let a job of the last plan not start, for want of memory that others reserve.
         self.start_refused = False
         self.moves = SwapMoves(self, self._jobs)
+        # The revision of the step times that the ladder and the token budget follow.
+        self._followed = -1
         self._check_every = check_period_steps()
         self.reporter = Reporter(self)
         connector.statistics = self.reporter.take
@@ -142,8 +144,6 @@ class FastServeScheduler(AsyncScheduler):
         entered = time.perf_counter()
         self._observe(now_s)
         observed = time.perf_counter()
-        # vLLM reads its token budget anew in every step.
-        self.max_num_scheduled_tokens = self.demand.token_budget()
         plan = self.planner.plan(self.demand.limits(), now_s)
         if plan.started:
             self.reporter.planned(plan, now_s)
@@ -184,14 +184,23 @@ class FastServeScheduler(AsyncScheduler):
     def _observe(self, now_s: float) -> None:
         """Charge what ran, demote, promote; let in whoever stopped being blocked."""
         planner = self.planner
-        batch_limit = self.max_num_active_reqs
-        rebase(planner.policy, self.fastserve_config, self.step_time, batch_limit, planner.running)
+        if self.step_time.revision != self._followed:
+            self._follow_step_times()
         planner.observe(self.timer.take_s(), now_s)
         for job in list(self._blocked):
             if self._handle_blocked_waiting_request(job.handle):
                 del self._blocked[job]
                 self.demand.size_up(job)
                 planner.unblock(job, now_s)
+
+    def _follow_step_times(self) -> None:
+        """Fit the ladder to what steps take, and the steps to the gap bound."""
+        policy, running = self.planner.policy, self.planner.running
+        config, batch_limit = self.fastserve_config, self.max_num_active_reqs
+        rebase(policy, config, self.step_time, batch_limit, running)
+        # vLLM reads its token budget anew in every step.
+        self.max_num_scheduled_tokens = self.demand.token_budget()
+        self._followed = self.step_time.revision
 
     def _apply(self, plan: StepPlan) -> None:
         """Show vLLM the plan: a narrowed, ordered `running`, and the queued that may start."""

@@ -122,8 +122,15 @@ class DueQueue:
     @property
     def due_s(self) -> float:
         """When `first()` falls due, the last part of its rank; infinite where there is nobody."""
-        first = self.first()
-        return math.inf if first is None else float(first.due[0][-1])
+        return self._heap[0][0][-1] if self.first() is not None else math.inf
+
+    def first_due(self, now_s: float) -> Job | None:
+        """`first()`, if it falls due by now. Cheap, for most steps ask for nothing else."""
+        # A stale entry that is not due yet hides nobody who is.
+        if not self._heap or self._heap[0][0][-1] > now_s:
+            return None
+        job = self.first()
+        return job if job is not None and self._heap[0][0][-1] <= now_s else None
 
     def next(self, limit: int) -> Sequence[Job]:
         """The jobs with the smallest ranks, in order, `limit` at most."""

@@ -47,11 +47,20 @@ class Policy(Protocol):
     def refresh(self) -> bool:
         """Bring the keys of running jobs up to date, where running changes them.
 
-        The one method that costs O(B); called where a job of the batch may lose its place.
+        The one method that costs O(B). Between two calls the running jobs' keys are comparable
+        with one another only.
 
         Returns:
-            Whether their order may have changed.
+            Whether keys changed.
         """
+        ...
+
+    def key_among_running(self, job: Job) -> tuple[float, ...]:
+        """The waiting job's key as it compares with those of running jobs, up to date or not."""
+        ...
+
+    def key_among_waiting(self, job: Job) -> tuple[float, ...]:
+        """The key of a job, running or not, as it compares with those of waiting jobs."""
         ...
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
@@ -123,6 +132,14 @@ class StaticPolicy:
     def refresh(self) -> bool:
         """Running changes nobody's key."""
         return False
+
+    def key_among_running(self, job: Job) -> tuple[float, ...]:
+        """Running changes nobody's key."""
+        return job.key
+
+    def key_among_waiting(self, job: Job) -> tuple[float, ...]:
+        """Running changes nobody's key."""
+        return job.key
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Nobody is ever promoted."""

@@ -55,6 +55,8 @@ class SkipJoinMlfq:
         self.skip_joins = 0
         self.level_sizes = [0] * ladder.num_levels
         self._service_s = 0.0
+        # The reading of the service clock at which running jobs' keys are right.
+        self._keys_at_s = 0.0
         self._num_jobs = 0
         self._num_running = 0
         # Priority classes of the jobs that have a turn, in order.
@@ -124,7 +126,7 @@ class SkipJoinMlfq:
         self._settle(job)
         self._cancel_expiry(job)
         if job.turn_s is None and job.level == self.ladder.last_level:
-            job.key = self._key(job)
+            job.key = self.key_among_waiting(job)
         self._wait(job, now_s)
 
     def charge(self, step_s: float) -> Sequence[Job]:
@@ -154,6 +156,9 @@ class SkipJoinMlfq:
 
     def refresh(self) -> bool:
         """In the last level, running makes older: those who run gain on those who wait."""
+        if self._keys_at_s == self._service_s:
+            return False
+        self._keys_at_s = self._service_s
         if not self.service_weight:
             return False
         found = False
@@ -164,6 +169,22 @@ class SkipJoinMlfq:
             found = True
             job.key = self._key(job)
         return found
+
+    def key_among_running(self, job: Job) -> tuple[float, ...]:
+        """All running jobs of the last level gain alike: one that joins them loses the gain."""
+        key = job.key
+        if key[1] != self.ladder.last_level:
+            return key
+        gain_s = self._service_s - self._keys_at_s
+        return (key[0], key[1], key[2] + self.service_weight * gain_s, key[3])
+
+    def key_among_waiting(self, job: Job) -> tuple[float, ...]:
+        """In the last level, by age and all service up to now."""
+        key = job.key
+        if key[1] != self.ladder.last_level:
+            return key
+        place = job.joined_s - self.service_weight * self._total_service_s(job)
+        return (key[0], key[1], place, key[3])
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Raise the jobs that have waited for as long as ageing lets them.
@@ -176,7 +197,7 @@ class SkipJoinMlfq:
         if isinstance(self.ageing, RelativeAgeing):
             return self._give_turns(self.ageing, now_s)
         raised: list[Job] = []
-        while (job := self._first_due(now_s)) is not None:
+        while (job := self._waiting.first_due(now_s)) is not None:
             withdraw(job)
             if job.level > 0 and not self._is_endless(job):
                 self._move(job, 0)
@@ -283,9 +304,13 @@ class SkipJoinMlfq:
             job.key = self._key(job)
 
     def _key(self, job: Job) -> tuple[float, ...]:
+        """Among waiting jobs; that of a running job as of `_keys_at_s`."""
         place: float = job.entry
         if job.level == self.ladder.last_level:
-            place = job.joined_s - self.service_weight * self._total_service_s(job)
+            served_s = job.served_s
+            if job.state is JobState.RUNNING:
+                served_s += self._keys_at_s - job.running_since_s
+            place = job.joined_s - self.service_weight * served_s
         return (job.priority, job.level, place, job.arrival)
 
     # ---- service ------------------------------------------------------------------------------
@@ -337,13 +362,13 @@ class SkipJoinMlfq:
         they may be unable to run because of it. In a class, longest overdue is first.
         """
         raised: list[Job] = []
-        while (job := self._first_due(now_s)) is not None:
+        while (job := self._waiting.first_due(now_s)) is not None:
             due_s = self._due_s(ageing, job)
             if due_s > now_s:
                 self._waiting.push(job, due_s)
             else:
                 self._overdue.push(job, job.priority, due_s)
-        while (job := self._overdue.first()) is not None:
+        while len(self._overdue) and (job := self._overdue.first()) is not None:
             if bisect_right(self._turn_classes, job.priority) >= ageing.most_turns:
                 break
             # Its KV cache may have left the device since.
@@ -374,9 +399,6 @@ class SkipJoinMlfq:
             return False
         job.turn_s = 0.0
         return True
-
-    def _first_due(self, now_s: float) -> Job | None:
-        return self._waiting.first() if self._waiting.due_s <= now_s else None
 
     def _due_s(self, ageing: RelativeAgeing, job: Job) -> float:
         patience_s = ageing.patience_s(job, self.ladder.base_s, job.served_s)

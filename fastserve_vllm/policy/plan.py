@@ -186,6 +186,7 @@ class StepPlanner:
         joined, left, held = self._take_ready(limits)
         tokens, blocks = limits.bounds(self._roster.running, joined)
         if not limits.hold(tokens, blocks, joined):
+            self._roster.send_back(joined, self.policy)
             return self._fit([*self._roster.running, *left], held, limits, now_s)
         if joined or left or held:
             self.counters.pause(len(left))
@@ -232,6 +233,7 @@ class StepPlanner:
             roster.running = sorted([*roster.running, *left], key=_by_key)
             newest, left = roster.fill(limits.batch_limit, self.policy)
             joined += newest
+        roster.send_back(held, self.policy)
         return joined, left, held
 
     def _hold_back(self, jobs: Sequence[Job]) -> list[Job]:

@@ -125,34 +125,34 @@ class Roster:
 
         Args:
             batch_limit: jobs in the batch.
-            policy: asked for the running jobs' places only if one may lose its own.
+            policy: compares those who wait with those who run.
 
         Returns:
-            The jobs that joined it, and the running ones that they displaced, last one first.
+            The jobs that joined it, with keys as among running jobs, and the running ones that
+            they displaced, last one first.
         """
-        if self._contended(batch_limit):
-            self.refresh(policy)
         running = self.running
         joined: list[Job] = []
         left = [running.pop() for _ in range(len(running) - batch_limit)]
         while (head := self.first_waiting()) is not None:
             job, queue = head
-            if len(running) >= batch_limit and (not running or job.key >= running[-1].key):
+            full = len(running) >= batch_limit
+            if full and (not running or job.key >= policy.key_among_waiting(running[-1])):
                 break
-            insort(running, queue.pop(), key=_by_key)
+            queue.pop()
+            job.key = policy.key_among_running(job)
+            insort(running, job, key=_by_key)
             joined.append(job)
             if len(running) > batch_limit:
                 left.append(running.pop())
         return joined, left
 
-    def _contended(self, batch_limit: int) -> bool:
-        """Whether a job of the batch may have to leave it."""
-        running = self.running
-        if len(running) < batch_limit or not running:
-            return False
-        head = self.first_waiting()
-        # A place that is not up to date is one further back.
-        return len(running) > batch_limit or (head is not None and head[0].key < running[-1].key)
+    @staticmethod
+    def send_back(jobs: Iterable[Job], policy: Policy) -> None:
+        """Give jobs that `fill` let join, and that do not run after all, their keys again."""
+        for job in jobs:
+            if job.state is not JobState.RUNNING:
+                job.key = policy.key_among_waiting(job)
 
     # ---- who waits --------------------------------------------------------------------------
 

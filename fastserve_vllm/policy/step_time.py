@@ -76,6 +76,8 @@ class StepTimeModel:
         self._shortest_decode = ShortestStep(base_quantum_s)
         self.observations = 0
         self.outliers = 0
+        # Changes whenever something that is predicted may have changed.
+        self.revision = 0
         self._outlier_sides = [0, 0]
         self._theta = [c / s for c, s in zip(coefficients, _SCALES, strict=True)]
         self._prior = [(_PRIOR_SPREAD * max(t, 1e-6)) ** 2 for t in self._theta]
@@ -134,7 +136,9 @@ class StepTimeModel:
             return
         self.observations += 1
         if shape.prefill_tokens == 0 and shape.decodes:
+            shortest = self._shortest_decode.seconds
             self._shortest_decode.observe(step_s)
+            self.revision += self._shortest_decode.seconds != shortest
             if self.observations > _DECODE_SAMPLE and self.observations % _DECODE_SAMPLE:
                 return
         self._update(shape.features(), step_s)
@@ -159,6 +163,7 @@ class StepTimeModel:
         self._noise_s = _NOISE_MEMORY * self._noise_s + (1 - _NOISE_MEMORY) * abs(residual)
         if self._is_alone(side, prefills=x1 > 0):
             return
+        self.revision += 1
         scale = 1.0 / (spread + noise * noise)
         for i, row in enumerate(cov):
             k = gain[i] * scale

@@ -172,7 +172,7 @@ class TestLevels:
             stage.spend(1.0)
         assert [stage.step(batch_limit=1) for _ in range(3)] == ["a"] * 3
         assert job.key == (0, 1, 8 - 3.0 * 10, job.arrival)
-        assert stage.jobs["a"].key[2] == 0 - 3.0 * 18
+        assert stage.planner.policy.key_among_waiting(stage.jobs["a"])[2] == 0 - 3.0 * 18
 
     def test_a_prompt_joins_above_the_last_level(self):
         """However long it takes, and it is not demoted before its first token."""

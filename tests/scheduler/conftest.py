@@ -22,7 +22,9 @@ def make_engine(tiny_model, tmp_path):
     def build(num_blocks=1024, fastserve=None, stock=False, copy_steps=0, **args):
         profile = tmp_path / "profile.json"
         profile.write_text(PROFILE)
-        settings = {"step_time_profile": str(profile), "swap_space_gib": 0.004, **(fastserve or {})}
+        # Tables are computed by hand, for quanta that double.
+        settings = {"step_time_profile": str(profile), "quantum_ratio": 2.0}
+        settings |= {"swap_space_gib": 0.004, **(fastserve or {})}
         args.setdefault("max_num_seqs", 2)
         config = vllm_config(str(tiny_model), None if stock else settings, **args)
         make = config.scheduler_config.get_scheduler_cls() if stock else None

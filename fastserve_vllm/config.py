@@ -52,10 +52,10 @@ class FastServeConfig:
     `paper`: as published, for comparison. It sets the defaults of the seven fields that follow."""
 
     quantum_ratio: float | None = Field(default=None, gt=1)
-    """Quantum of a level over that of the level above it. None: 2.2; `paper`: 2."""
+    """Quantum of a level over that of the level above it. None: 2.1; `paper`: 2."""
 
     num_levels: int | None = Field(default=None, ge=1, le=64)
-    """Number of levels; the last has no quantum. None: 7, which tell answers apart up to 94 base
+    """Number of levels; the last has no quantum. None: 7, which tell answers apart up to 77 base
     quanta of service, about as many tokens; `paper`: 64."""
 
     service_weight: float | None = Field(default=None, ge=0)

@@ -1,7 +1,7 @@
 """A waiting queue that vLLM fills and FastServe orders."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
@@ -19,8 +19,10 @@ class PlannedQueue(RequestQueue):
         self._requests: dict[Request, None] = {}
         self._planned: deque[Request] = deque()
 
-    def plan(self, requests: Iterable[Request]) -> None:
+    def plan(self, requests: Collection[Request]) -> None:
         """Offer those of `requests` that are in the queue, in this order."""
+        if not requests and not self._planned:
+            return
         held = self._requests
         self._planned = deque([request for request in requests if request in held])
 

@@ -99,8 +99,8 @@ class StepLimits:
         if self.max_adapters is not None:
             return False
         if self.free_slots is not None:
-            queued = sum(job.state is JobState.QUEUED for job in joined)
-            if queued > self.free_slots:
+            queued = [job for job in joined if job.state is JobState.QUEUED]
+            if len(queued) > self.free_slots:
                 return False
         return tokens <= self.token_budget and blocks <= self.free_blocks
 

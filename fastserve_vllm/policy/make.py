@@ -29,7 +29,7 @@ class Arrangement:
     """
 
     num_levels: int = 7
-    quantum_ratio: float = 2.2
+    quantum_ratio: float = 2.1
     service_weight: float = 50.0
     ageing: AgeingRule = "relative"
     ageing_ratio: float = 10.0

@@ -18,23 +18,37 @@ class BurstReserve:
         self._sum = 0
         self._decay = 0.5 ** (1 / half_life)
         self._peak = 0.0
+        # Steps without an arrival that the figures above have still to follow.
+        self._calm_steps = 0
 
     def step(self, arrived_blocks: int) -> None:
         """A step was planned; jobs that want so many blocks arrived since the one before."""
-        self._sum += arrived_blocks - self._recent[0]
-        self._recent.append(arrived_blocks)
-        self._peak = max(self._peak * self._decay, float(self._sum))
+        if not arrived_blocks:
+            self._calm_steps += 1
+            return
+        self._catch_up()
+        self._follow(arrived_blocks)
 
     def skip(self, steps: int) -> None:
         """So many steps were planned in which nobody arrived."""
-        for _ in range(min(steps, len(self._recent))):
-            self.step(0)
-        self._peak *= self._decay ** max(steps - len(self._recent), 0)
+        self._calm_steps += steps
 
     @property
     def blocks(self) -> int:
         """The reserve; 0 once arrivals have long stopped."""
+        self._catch_up()
         return int(self._peak)
+
+    def _catch_up(self) -> None:
+        steps, self._calm_steps = self._calm_steps, 0
+        for _ in range(min(steps, len(self._recent))):
+            self._follow(0)
+        self._peak *= self._decay ** max(steps - len(self._recent), 0)
+
+    def _follow(self, arrived_blocks: int) -> None:
+        self._sum += arrived_blocks - self._recent[0]
+        self._recent.append(arrived_blocks)
+        self._peak = max(self._peak * self._decay, float(self._sum))
 
 
 @dataclass(slots=True)

@@ -211,11 +211,6 @@ CONTRACT: tuple[Seam, ...] = (
         ("self", "forward_context"),
     ),
     Seam(
-        f"{_CONNECTOR}.get_block_ids_with_load_errors",
-        "tell of blocks that could not be filled",
-        ("self",),
-    ),
-    Seam(
         f"{_CONNECTOR}.build_connector_worker_meta",
         "report copies",
         ("self",),

@@ -136,6 +136,7 @@ class FastServeScheduler(AsyncScheduler):
         if self._check_every and self.current_step % self._check_every == 0:
             self.check_integrity()
         self.timer.scheduled(now_s)
+        self.moves.history.step_scheduled()
         self.reporter.seconds["follow"] += time.perf_counter() - delegated
         return output
 
@@ -165,6 +166,7 @@ class FastServeScheduler(AsyncScheduler):
             self.reporter.step(step)
         self.reporter.seconds["measure"] += time.perf_counter() - entered
         transfers = model_runner_output.kv_connector_output
+        self.moves.take_back(transfers)
         if transfers is not None and transfers.invalid_block_ids:
             spoiled = self.moves.spoiled(transfers.invalid_block_ids)
             with self._all_residents():
@@ -293,8 +295,7 @@ class FastServeScheduler(AsyncScheduler):
                 del self.left_out[request]
             else:
                 self.running.remove(request)
-            if self.exchange is not None:
-                self.exchange.abandon(request)
+            self.moves.leaving(request)
             drop_output |= self.requires_kv_delivery
             super()._preempt_request(request, time.monotonic(), drop_stale_output=drop_output)
             return
@@ -309,8 +310,7 @@ class FastServeScheduler(AsyncScheduler):
     ) -> None:
         """When vLLM itself takes a request's blocks, its KV cache goes to the host or is lost."""
         spilled = not self._resetting and self.moves.spill(request)
-        if not spilled and self.exchange is not None:
-            self.exchange.abandon(request)
+        self.moves.leaving(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
         self.moves.start_over(self._jobs[request.request_id], spilled=spilled)
 
@@ -318,6 +318,7 @@ class FastServeScheduler(AsyncScheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """A request finished or was aborted, in whatever state."""
+        self.moves.leaving(request)
         job = self._jobs.pop(request.request_id)
         self.planner.remove(job)
         self._blocked.pop(job, None)

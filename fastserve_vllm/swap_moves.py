@@ -4,13 +4,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from fastserve_vllm.kv_swap.exchange import KvExchange
 from fastserve_vllm.kv_swap.manager import Completion
+from fastserve_vllm.kv_swap.metadata import find_report
 from fastserve_vllm.kv_swap.transfers import Direction
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.step_plan import StepPlan
+from fastserve_vllm.spoiled import BlockHistory
 
 if TYPE_CHECKING:
     from fastserve_vllm.scheduler import FastServeScheduler
@@ -43,6 +46,7 @@ class SwapMoves:
         self._planner = scheduler.planner
         self._demand = scheduler.demand
         self._exchange = scheduler.exchange
+        self.history = BlockHistory(scheduler)
 
     # ---- what a plan asks for ---------------------------------------------------------------
 
@@ -71,6 +75,12 @@ class SwapMoves:
         for job in plan.saved:
             exchange.save(job.handle)
 
+    def leaving(self, request: Request) -> None:
+        """The request's device blocks are about to be freed."""
+        if self._exchange is not None:
+            self._exchange.abandon(request)
+            self.history.leaving(request)
+
     def spill(self, request: Request) -> bool:
         """Copy the KV cache to the host before its blocks are written again, if possible."""
         if self._exchange is None:
@@ -95,6 +105,38 @@ class SwapMoves:
             self._brought_in(job)
 
     # ---- what becomes of the copies ---------------------------------------------------------
+
+    def take_back(self, output: KVConnectorOutput | None) -> None:
+        """Before vLLM delivers a step's output: what of it failed copies have spoiled is dropped.
+
+        Whoever computed on what never arrived computes again, and nobody finds any of it in the
+        prefix cache or on the host.
+        """
+        self.history.step_ended()
+        exchange, report = self._exchange, find_report(output)
+        if exchange is None or report is None or not report.failed:
+            return
+        blocks = exchange.spoiled_by(report)
+        if not blocks:
+            return
+        for request, holds_some in self.history.spread(blocks, exchange.manager.urgent_loads):
+            self._take_back(request, exchange, holds_some=holds_some)
+        self._scheduler.kv_cache_manager.evict_blocks(blocks)
+
+    def _take_back(self, request: Request, exchange: KvExchange, *, holds_some: bool) -> None:
+        """The request has computed on spoiled blocks, and may hold some."""
+        if request.num_stale_output_tokens:
+            request.drop_stale_output = True
+        was_swapped = exchange.forsake(request)
+        job = self._jobs.get(request.request_id)
+        if job is None or job.handle is not request:
+            return
+        if job.state is JobState.SWAPPING_OUT:
+            self._planner.stayed(job)
+        if holds_some and job.state in (JobState.RUNNING, JobState.PAUSED):
+            self._lose(job)
+        elif was_swapped:
+            self.start_over(job)
 
     def follow(self, exchange: KvExchange) -> None:
         """Take in the copies that have completed."""
@@ -165,10 +207,7 @@ class SwapMoves:
         self.start_over(job)
 
     def _lose(self, job: Job) -> None:
-        """The job's KV cache on the device never arrived from the host: it is of no use.
-
-        vLLM has dropped the output of the step that read it first, and drops that of later ones.
-        """
+        """The job's KV cache on the device is of no use, nor is what steps in flight make of it."""
         self._scheduler.release(job.handle, drop_output=True)
         # It may start again in the very next step, as nobody does who is preempted in a step: the
         # workers have to be told of all of its tokens then.

@@ -145,10 +145,6 @@ class FastServeConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.submit()
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Device blocks that the step has computed on although they could not be filled."""
-        return self._worker.take_load_errors() if self._worker is not None else set()
-
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What was copied since the last step; None: nothing."""
         report = self._worker.take_report() if self._worker is not None else None

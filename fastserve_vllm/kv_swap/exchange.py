@@ -248,6 +248,25 @@ class KvExchange:
         self._failed.discard(request.request_id)
         return self.manager.discard(request.request_id) is not None
 
+    def spoiled_by(self, report: Report) -> set[int]:
+        """Device blocks that steps in flight took for filled and that are not, for copies failed.
+
+        Their requests have to be told from the report itself: once it is taken in, it is too late
+        to hold back the step's output.
+        """
+        blocks = set[int]()
+        for flight, cause in self.manager.failing(report):
+            if not flight.copy.discarded:
+                self._note_failure(flight.copy.request_id, cause)
+            blocks.update(flight.copy.urgent_loads(flight.transfer.transfer_id))
+        return blocks
+
+    def forsake(self, request: Request) -> bool:
+        """What the host has of the request may be wrong; whether its KV cache was only there."""
+        swapped = self.manager.state(request.request_id) is CopyState.SWAPPED
+        self.manager.invalidate(request.request_id)
+        return swapped
+
     def abandon_all(self) -> None:
         """All KV cache has become invalid, copies in flight included.
 

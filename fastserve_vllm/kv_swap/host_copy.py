@@ -61,7 +61,9 @@ class HostCopy:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether it was being saved, and its request may have given up the device blocks."""
+        """Whether its request may have given up the device blocks that are being read."""
+        if self.state is CopyState.SWAPPING_OUT:
+            return self.cause is not None
         return self.state is CopyState.SAVING and (self.cause is not None or self.discarded)
 
     def blocks(self) -> list[int]:
@@ -83,6 +85,17 @@ class HostCopy:
         """The block is about to be copied again: no older transfer tells its content any more."""
         for flight in self.flights:
             flight.keys.pop(block, None)
+
+    def urgent_loads(self, first: int = 0) -> list[int]:
+        """Device blocks that its urgent transfers fill, from the id `first` on."""
+        return [
+            block
+            for flight in self.flights
+            for block in flight.transfer.device_blocks
+            if flight.transfer.transfer_id >= first
+            and flight.transfer.urgent
+            and flight.transfer.direction is Direction.IN
+        ]
 
     def unsent(self) -> "list[Flight]":
         """Its transfers that no worker knows of yet."""

@@ -115,6 +115,11 @@ class SwapManager:
         copy = self._copies.get(request_id)
         return 0 if copy is None else copy.tokens
 
+    def urgent_loads(self, request_id: str) -> list[int]:
+        """Device blocks that urgent transfers, not settled yet, fill from the request's copy."""
+        copy = self._copies.get(request_id)
+        return [] if copy is None else copy.urgent_loads()
+
     def has_room(
         self, request_id: str, blocks: BlockTable, tokens: int, *, keys: BlockKeys = ()
     ) -> bool:
@@ -305,6 +310,11 @@ class SwapManager:
         for transfer in transfers:
             self.counters.count_sent(transfer)
         return transfers
+
+    def failing(self, report: Report) -> list[tuple[Flight, str]]:
+        """The transfers that the report says have failed, and why, before it is taken in."""
+        flights = {flight.transfer.transfer_id: flight for flight in self._in_flight}
+        return [(flights[i], cause) for i, cause in report.failed.items() if i in flights]
 
     def report(self, report: Report) -> list[Completion]:
         """Take in what workers did.

@@ -6,6 +6,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
+from vllm.v1.outputs import KVConnectorOutput
 
 from fastserve_vllm.kv_swap.transfers import Report, Transfer
 
@@ -38,3 +39,12 @@ class SwapWorkerMetadata(KVConnectorWorkerMetadata):
         if not isinstance(other, SwapWorkerMetadata):
             raise TypeError(f"cannot merge a swap report with {type(other).__name__}")
         return SwapWorkerMetadata(self.report.merge(other.report))
+
+
+def find_report(output: KVConnectorOutput | None) -> Report | None:
+    """What FastServe's workers say in a step's output, be it one connector's or several'."""
+    metadata = None if output is None else output.kv_connector_worker_meta
+    for part in getattr(metadata, "metadata", (metadata,)):
+        if isinstance(part, SwapWorkerMetadata):
+            return part.report
+    return None

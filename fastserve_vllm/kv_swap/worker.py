@@ -41,8 +41,8 @@ class SwapWorker:
     """Copies blocks between one worker's shard of the KV cache and its host memory.
 
     Every step calls `begin` before anything else, `submit` before what it computes where urgent
-    transfers come in and after it elsewhere, and then `take_load_errors` and `take_report`. A step
-    without transfers, with none in flight, costs nothing to speak of.
+    transfers come in and after it elsewhere, and then `take_report`. A step without transfers, with
+    none in flight, costs nothing to speak of.
 
     Args:
         vllm_config: vLLM's.
@@ -72,7 +72,6 @@ class SwapWorker:
         self._pending: list[Transfer] = []
         self._after: Any = None
         self._report: Report | None = None
-        self._load_errors: set[int] = set()
         self._logged: set[str] = set()
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -141,14 +140,6 @@ class SwapWorker:
             self._pending.clear()
             self._after = None
 
-    def take_load_errors(self) -> set[int]:
-        """Device blocks of this step's urgent copies in that failed; each is told once."""
-        self._poll()
-        if not self._load_errors:
-            return set()
-        errors, self._load_errors = self._load_errors, set()
-        return errors
-
     def take_report(self) -> Report | None:
         """What has finished since the last call; None: nothing."""
         self._poll()
@@ -190,8 +181,6 @@ class SwapWorker:
 
     def _note_failure(self, transfer: Transfer, cause: str, report: Report) -> None:
         report.failed[transfer.transfer_id] = cause
-        if transfer.urgent and transfer.direction is Direction.IN:
-            self._load_errors.update(transfer.device_blocks)
         if cause not in self._logged:
             self._logged.add(cause)
             logger.error("KV swap: a copy %s failed: %s", transfer.direction.value, cause)

@@ -150,8 +150,8 @@ def test_a_report_says_what_was_copied(swap_worker):
     assert swap_worker.take_report() is None
 
 
-def test_a_failed_copy_in_names_its_device_blocks(swap_worker):
-    """So that vLLM computes them again; a background copy's owner has not read them yet."""
+def test_a_failed_copy_is_told_at_the_end_of_its_step(swap_worker):
+    """If it is urgent: so that the step's output can be held back. Others may end later."""
     swap_worker.begin(
         SwapMetadata(
             (
@@ -162,12 +162,11 @@ def test_a_failed_copy_in_names_its_device_blocks(swap_worker):
         )
     )
     swap_worker.submit()
-    assert swap_worker.take_load_errors() == {4, 5}
-    assert swap_worker.take_load_errors() == set()
-    report = settle(swap_worker)
-    assert report.done == {1: 1, 2: 1, 3: 1}
-    assert set(report.failed) == {1, 2, 3}
-    assert report.copied_bytes == {}
+    at_once = swap_worker.take_report()
+    assert {1, 3} <= set(at_once.failed)
+    if 2 not in at_once.failed:
+        assert set(settle(swap_worker).failed) == {2}
+    assert at_once.copied_bytes == {}
 
 
 def test_a_cause_is_logged_once(swap_worker, monkeypatch):
@@ -180,14 +179,14 @@ def test_a_cause_is_logged_once(swap_worker, monkeypatch):
 
 
 def test_an_idle_step_costs_nothing(swap_worker):
-    """The four calls together take a microsecond, and what is returned is empty."""
+    """The three calls together take a microsecond, and nothing is returned."""
 
     def idle_step():
         swap_worker.begin(IDLE)
         swap_worker.submit()
-        return swap_worker.take_load_errors(), swap_worker.take_report()
+        return swap_worker.take_report()
 
-    assert idle_step() == (set(), None)
+    assert idle_step() is None
     best = min(timed(idle_step, 200) for _ in range(50))
     assert best < 5e-6, f"{best * 1e6:.2f} us"
 

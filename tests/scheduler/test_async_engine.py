@@ -42,13 +42,7 @@ def test_short_of_memory_no_token_changes(tiny_model, stock, mode, caching):
 
 
 @pytest.mark.host_versions
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param("reactive", marks=pytest.mark.xfail(reason="known: docs/reliability.md")),
-        "proactive",
-    ],
-)
+@pytest.mark.parametrize("mode", ["reactive", "proactive"])
 def test_copies_that_fail_change_no_token(tiny_model, mode):
     """Every fifth copy fails while steps overlap and prompts share their first blocks: nobody
     computes on what never arrived, and no output computed on it is delivered.

@@ -47,12 +47,15 @@ class World:
     """
 
     may_be_calm = True
+    limits = (1, 2, 4, 6)
+    sizes = (14, 20, 40, 200)
+    depths = (1, 2, 3)
 
     def __init__(self, model, seed, profile):
         self.dice = dice = random.Random(seed)
         self.calm = self.may_be_calm and seed % 4 == 3
-        self.limit = dice.choice([1, 2, 4, 6])
-        self.blocks = 2048 if self.calm else dice.choice([14, 20, 40, 200])
+        self.limit = dice.choice(self.limits)
+        self.blocks = 2048 if self.calm else dice.choice(self.sizes)
         self.wanted, self.aborted, self.tables = {}, set(), Counter()
         self.delivered = Counter()
         fastserve = {
@@ -67,7 +70,7 @@ class World:
         }
         if self.calm:
             fastserve |= {"policy": "fastserve", "starvation_limit_s": LIMIT_S}
-        self.depth = dice.randint(1, 3)
+        self.depth = dice.choice(self.depths)
         engine = {
             "max_num_seqs": 2 * self.limit,
             "max_num_active_seqs": self.limit,
@@ -146,11 +149,15 @@ class World:
 
     def add(self):
         dice, name = self.dice, f"r{len(self.wanted)}"
-        shared = [5] * dice.choice([0, 0, 32, 64, 70])
-        prompt = shared + [dice.randrange(10, 500) for _ in range(dice.randint(1, 180))]
+        prompt = self.prompt()
         self.wanted[name] = expected_answer(prompt, dice.choice([1, 2, 10, 30, 80]))
         priority = 0 if self.calm else dice.choice([0, 0, 0, 0, -1, 1])
         self.engine.add(name, prompt, len(self.wanted[name]), priority=priority)
+
+    def prompt(self):
+        """Some begin alike."""
+        shared = [5] * self.dice.choice([0, 0, 32, 64, 70])
+        return shared + [self.dice.randrange(10, 500) for _ in range(self.dice.randint(1, 180))]
 
     def abort(self, count):
         live = [r for r in self.scheduler.requests if not self.scheduler.requests[r].is_finished()]
@@ -275,9 +282,15 @@ class World:
 
 
 class FailingWorld(World):
-    """KV cache moves all the time, mostly for a step that waits, and a third of the copies fail."""
+    """KV cache moves all the time, mostly for a step that waits, and a third of the copies fail.
+
+    Steps overlap, most requests begin alike, and clients go away in the middle of it all.
+    """
 
     may_be_calm = False
+    limits = (1, 2, 3)
+    sizes = (14, 20)
+    depths = (2, 3)
 
     def failure_rate(self):
         return 0.3
@@ -288,8 +301,23 @@ class FailingWorld(World):
             "swap_space_gib": self.dice.choice([4e-3, 5e-4]),
             "starvation_limit_s": "off",
         }
-        self.described |= scarce
-        return super()._engine(model, fastserve | scarce, args)
+        batch = {"enable_prefix_caching": self.dice.random() < 0.8, "max_num_batched_tokens": 2048}
+        self.described |= scarce | batch
+        return super()._engine(model, fastserve | scarce, args | batch)
+
+    def event(self):
+        """Besides, somebody who runs goes away now and then."""
+        super().event()
+        running = [r.request_id for r in self.scheduler.running if not r.is_finished()]
+        if running and self.dice.random() < 0.04:
+            gone = self.dice.choice(running)
+            self.aborted.add(gone)
+            self.engine.abort(gone)
+
+    def prompt(self):
+        """Others may find the blocks that a failed copy should have filled."""
+        shared = [5] * self.dice.choice([0, 32, 64, 96, 128])
+        return shared + [self.dice.choice([6, 7]) for _ in range(self.dice.randint(1, 60))]
 
 
 def fuzz(model, profile, steps, seed=0, report=lambda text: None, kind=World):

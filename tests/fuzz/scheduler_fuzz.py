@@ -299,14 +299,18 @@ class FailingWorld(World):
         scarce = {
             "swap_mode": self.dice.choice(["reactive", "reactive", "proactive"]),
             "swap_space_gib": self.dice.choice([4e-3, 5e-4]),
-            "starvation_limit_s": "off",
+            "policy": self.dice.choice(["fastserve", "mlfq"]),
+            "ageing": "relative",
+            "starvation_limit_s": self.dice.choice([64 * TICK_S, 256 * TICK_S]),
         }
         batch = {"enable_prefix_caching": self.dice.random() < 0.8, "max_num_batched_tokens": 2048}
         self.described |= scarce | batch
         return super()._engine(model, fastserve | scarce, args | batch)
 
     def event(self):
-        """Besides, somebody who runs goes away now and then."""
+        """Besides, many wait at any time, and somebody who runs goes away now and then."""
+        while len(self.scheduler.requests) < 10:
+            self.add()
         super().event()
         running = [r.request_id for r in self.scheduler.running if not r.is_finished()]
         if running and self.dice.random() < 0.04:
@@ -316,7 +320,7 @@ class FailingWorld(World):
 
     def prompt(self):
         """Others may find the blocks that a failed copy should have filled."""
-        shared = [5] * self.dice.choice([0, 32, 64, 96, 128])
+        shared = [5] * self.dice.choice([32, 64, 96, 128])
         return shared + [self.dice.choice([6, 7]) for _ in range(self.dice.randint(1, 60))]
 
 

@@ -13,6 +13,8 @@ from fastserve_vllm.policy.quantum import QuantumLadder
 _due = itemgetter(0)
 # What has a turn stands above all levels of its priority class.
 _TURN_LEVEL = -1
+# Places in the last level are seconds, told apart to the microsecond.
+_PLACE_DIGITS = 6
 
 
 class SkipJoinMlfq:
@@ -183,8 +185,7 @@ class SkipJoinMlfq:
         key = job.key
         if key[1] != self.ladder.last_level:
             return key
-        place = job.joined_s - self.service_weight * self._total_service_s(job)
-        return (key[0], key[1], place, key[3])
+        return (key[0], key[1], self._place(job, self._total_service_s(job)), key[3])
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Raise the jobs that have waited for as long as ageing lets them.
@@ -310,8 +311,13 @@ class SkipJoinMlfq:
             served_s = job.served_s
             if job.state is JobState.RUNNING:
                 served_s += self._keys_at_s - job.running_since_s
-            place = job.joined_s - self.service_weight * served_s
+            place = self._place(job, served_s)
         return (job.priority, job.level, place, job.arrival)
+
+    def _place(self, job: Job, served_s: float) -> float:
+        """In the last level. Coarser than sums of times are exact, or `key_among_running` might
+        exchange two jobs that came and were served together."""
+        return round(job.joined_s - self.service_weight * served_s, _PLACE_DIGITS)
 
     # ---- service ------------------------------------------------------------------------------
 

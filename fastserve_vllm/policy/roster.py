@@ -136,11 +136,11 @@ class Roster:
         left = [running.pop() for _ in range(len(running) - batch_limit)]
         while (head := self.first_waiting()) is not None:
             job, queue = head
-            full = len(running) >= batch_limit
-            if full and (not running or job.key >= policy.key_among_waiting(running[-1])):
+            key = policy.key_among_running(job)
+            if len(running) >= batch_limit and (not running or key >= running[-1].key):
                 break
             queue.pop()
-            job.key = policy.key_among_running(job)
+            job.key = key
             insort(running, job, key=_by_key)
             joined.append(job)
             if len(running) > batch_limit:

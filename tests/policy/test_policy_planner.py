@@ -1,5 +1,7 @@
 """Which jobs a step takes, as tables of steps. Jobs are named in the order of their arrival."""
 
+import random
+
 import pytest
 from fake_host import Stage, make_job, names
 from fake_swap import SwapStage
@@ -481,3 +483,24 @@ class CountedOrder(Fcfs):
 
     def key(self, job):
         return (Place(job.arrival),)
+
+
+class TestTwins:
+    """Requests that arrived in one step and were served alike, with times that are not exact."""
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_who_starts_is_in_the_batch_and_not_paused(self, seed):
+        """However their places round, a job does not join and leave in one step."""
+        draw = random.Random(seed)
+        ladder = QuantumLadder(0.0031, 2.1, 3)
+        ageing = RelativeAgeing(ratio=10, gap_s=0.05, limit_s=0.4, most_turns=2)
+        stage = Stage(SkipJoinMlfq(ladder, ageing=ageing, service_weight=50.0))
+        for number in range(400):
+            if number % 3 == 0 and number < 90:
+                for twin in "ab":
+                    stage.add(f"{number}{twin}", output=300)
+            stage.step(batch_limit=5)
+            started, paused = set(stage.plan.started), set(stage.plan.paused)
+            assert started <= set(stage.plan.batch)
+            assert not started & paused
+            stage.spend(0.0014 + 0.00003 * draw.randint(1, 5))

@@ -315,8 +315,10 @@ class SkipJoinMlfq:
         return (job.priority, job.level, place, job.arrival)
 
     def _place(self, job: Job, served_s: float) -> float:
-        """In the last level. Coarser than sums of times are exact, or `key_among_running` might
-        exchange two jobs that came and were served together."""
+        """In the last level; coarse enough to hide that sums of times are not exact.
+
+        Otherwise `key_among_running` might exchange two jobs that came and were served together.
+        """
         return round(job.joined_s - self.service_weight * served_s, _PLACE_DIGITS)
 
     # ---- service ------------------------------------------------------------------------------

@@ -166,6 +166,13 @@ class KvCache:
             self.device.take(wanted)
             sequence.blocks += wanted
 
+    def find(self, sequence: LiveRequest) -> bool:
+        """Give the sequence what the device still has of it; returns whether it was looked for."""
+        if sequence.freed is None:
+            return False
+        self.adopt(sequence)
+        return True
+
     def adopt(self, sequence: LiveRequest) -> int:
         """Take back those of its freed blocks that were not reused; returns how many.
 

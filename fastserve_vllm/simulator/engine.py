@@ -132,7 +132,7 @@ class SimulatedEngine:
         job = Job(
             request.id,
             request.prompt_tokens,
-            first_step_s=self._prefill_s(request.prompt_tokens),
+            first_step_s=self._prefill_s(request.prompt_tokens - self.kv.cached_tokens(request)),
             handle=LiveRequest(request),
         )
         job.next_tokens = request.prompt_tokens
@@ -286,6 +286,7 @@ class SimulatedEngine:
                     live.longest_gap_s = max(gap_s, last_step_s)
             else:
                 live.first_token_s = first_end_s
+                kv.remember(live)
                 if steps > 1:
                     live.longest_gap_s = last_step_s
             live.last_token_s = now_s

@@ -81,7 +81,8 @@ class SimulatedEngine:
         # When what was begun ends.
         self.ends_s = 0.0
         self._stretch: Stretch | None = None
-        self._ended_s = -1.0
+        # No token's time, so that nobody seems to have run before the first step.
+        self._ended_s = -2.0
         self._uncharged_s = 0.0
         self._uncharged_steps = 0
 
@@ -264,33 +265,32 @@ class SimulatedEngine:
         last_step_s = stretch.first_s + (steps - 1) * stretch.growth_s
         # Those who ran in the step before have the same gap.
         before_s, self._ended_s = self._ended_s, now_s
-        unbroken = 0
+        unbroken, unbroken_s = 0, max(first_end_s - before_s, last_step_s)
         for job, tokens in zip(stretch.batch, stretch.counts, strict=True):
             live: LiveRequest = job.handle
             live.entered = True
-            live.computed += tokens + steps - 1
-            if live.computed > live.blocks * block_tokens:
-                kv.grow(live, live.computed)
-            if tokens < job.next_tokens:
+            live.computed = computed = live.computed + tokens + steps - 1
+            if computed > live.blocks * block_tokens:
+                kv.grow(live, computed)
+            if tokens != job.next_tokens:
                 job.next_tokens -= tokens
                 continue
             job.next_tokens = 1
-            live.generated += steps
-            if live.generated > steps or live.first_token_s >= 0.0:
-                gap_s = first_end_s - live.last_token_s
-                if live.last_token_s == before_s:
-                    unbroken += 1
-                else:
-                    self._on_gap(gap_s, 1)
-                if gap_s > live.longest_gap_s or last_step_s > live.longest_gap_s:
-                    live.longest_gap_s = max(gap_s, last_step_s)
+            live.generated = generated = live.generated + steps
+            last_s, live.last_token_s = live.last_token_s, now_s
+            if last_s == before_s:
+                unbroken += 1
+                longest_s = unbroken_s
+            elif last_s >= 0.0:
+                self._on_gap(first_end_s - last_s, 1)
+                longest_s = max(first_end_s - last_s, last_step_s)
             else:
                 live.first_token_s = first_end_s
                 kv.remember(live)
-                if steps > 1:
-                    live.longest_gap_s = last_step_s
-            live.last_token_s = now_s
-            if live.generated >= live.request.output_tokens:
+                longest_s = last_step_s if steps > 1 else 0.0
+            if longest_s > live.longest_gap_s:  # noqa: PLR1730 - a call costs more
+                live.longest_gap_s = longest_s
+            if generated >= live.request.output_tokens:
                 finished.append(self._finish(job))
         if unbroken:
             self._on_gap(first_end_s - before_s, unbroken)
@@ -312,7 +312,8 @@ class SimulatedEngine:
         if len(self.kv.channels) or reserved is None:
             return 1
         batch = stretch.batch
-        steps = min(job.handle.request.output_tokens - job.handle.generated for job in batch)
+        live = [job.handle for job in batch]
+        steps = min([one.request.output_tokens - one.generated for one in live])
         if steps > 1:
             steps = min(steps, stretch.steps_within(self.policy.calm_s(self.now_s)))
         # Growth is a block in `block_tokens` steps for each job; short of memory, step by step.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ def positive(_ctx: click.Context, _param: click.Parameter, value: float | None) 
 
 
 def configuration(text: str, common: dict[str, Any]) -> FastServeConfig:
-    """A policy, an objective, or JSON.
+    """A policy, one of the user's own (`module:Class`), an objective, or JSON.
 
     Raises:
         ClickException: it is none of them, or not valid.
@@ -47,6 +48,8 @@ def configuration(text: str, common: dict[str, Any]) -> FastServeConfig:
         own = {"policy": text}
     elif text in OBJECTIVES:
         own = {"objective": text}
+    elif re.fullmatch(r"[\w.]+:\w+", text):
+        own = {"policy": text}
     else:
         own = json_object(text)
     if own.get("policy") == "fcfs":
@@ -70,7 +73,9 @@ def json_object(text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         names = ", ".join((*POLICY_NAMES, *OBJECTIVES))
-        raise click.ClickException(f"{text!r} is neither one of {names} nor a JSON object")
+        raise click.ClickException(
+            f"{text!r} is neither one of {names} nor module:Class nor a JSON object"
+        )
     return value
 
 

@@ -18,9 +18,7 @@ METRICS: dict[str, Callable[[ServedRequest], float]] = {
 """Seconds of a request: to the first token, per output token after it, of the longest gap between
 two tokens, end to end, and end to end per output token. An answer of one token has a gap of 0."""
 
-_FORM = re.compile(
-    r"(?P<metric>[a-z0-9]+)_(?P<statistic>[a-z0-9.]+)=(?P<number>[^a-z]+)(?P<unit>[a-z]*)"
-)
+_FORM = r"(?P<metric>[a-z0-9]+)_(?P<statistic>[a-z0-9.]+)=(?P<number>[^a-z]+)(?P<unit>[a-z]*)"
 _UNITS = {"s": 1.0, "ms": 1e-3}
 _EXAMPLE = "as in ttft_p95=0.5s"
 
@@ -52,7 +50,7 @@ class Target:
         Raises:
             TargetError: naming the part that is wrong, and what it accepts.
         """
-        match = _FORM.fullmatch(text.strip())
+        match = re.fullmatch(_FORM, text.strip())
         if match is None:
             raise TargetError(
                 f"target {text!r}: expected METRIC_STATISTIC=NUMBER and a unit, {_EXAMPLE}; "

@@ -47,8 +47,11 @@ def main() -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": args.port})
     serve.run(application(args))
     print(f"ready: http://127.0.0.1:{args.port}/v1", flush=True)
-    while True:
-        time.sleep(3600)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        serve.shutdown()
 
 
 if __name__ == "__main__":

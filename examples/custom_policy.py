@@ -23,12 +23,12 @@ class ShortPromptsFirst(StaticPolicy):
 
 
 def main() -> None:
-    """Long prompts come first and fill both batch places; prints the order they end in."""
+    """Four long prompts, then four short ones, for two batch places; prints the order they end."""
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(description=__doc__))
     parser.set_defaults(max_num_seqs=2, disable_log_stats=False)
     args = vars(EngineArgs.from_cli_args(parser.parse_args()))
     llm = LLM(**args, fastserve_config={"policy": "custom_policy:ShortPromptsFirst"})
-    prompts = ["long " * 100] * 3 + ["short"] * 3
+    prompts = ["long " * 100] * 4 + ["short"] * 4
     answers = llm.generate(prompts, SamplingParams(max_tokens=32, ignore_eos=True), use_tqdm=False)
     for answer in sorted(answers, key=lambda one: one.metrics.last_token_ts):
         print(answer.prompt.split()[0], len(answer.outputs[0].token_ids), "tokens")

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A block without one of these, as the first word of a line, holds no commands.
-PROGRAMS = frozenset(
-    ("cd", "curl", "docker", "fastserve", "git", "kubectl", "make", "pip", "python", "ray")
-    + ("serve", "source", "uv", "vllm")  # noqa: RUF005 - the formatter would make it a column
-)
+_PROGRAMS = "cd curl docker fastserve git kubectl make pip python ray serve source uv vllm"
+PROGRAMS = frozenset(_PROGRAMS.split())
 TEXT = frozenset(("text", "python", "json", "yaml", "toml", "markdown"))
 SHELL = frozenset(("", "sh", "bash", "shell", "console"))
 # Words of a heading, or of the paragraph before a block, that say which hardware it needs.

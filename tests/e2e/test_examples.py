@@ -53,7 +53,7 @@ def test_custom_policy(example, tiny_model):
     """Short prompts that came last end first."""
     printed = example("custom_policy.py", "--model", tiny_model, *engine_flags(), **IN_PROCESS)
     order = re.findall(r"^(long|short) 32 tokens$", printed, re.M)
-    assert order == ["short"] * 3 + ["long"] * 3
+    assert order == ["short"] * 4 + ["long"] * 4
 
 
 def test_custom_policy_is_short():

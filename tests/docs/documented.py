@@ -67,7 +67,10 @@ def commands(path: Path) -> Iterator[Command]:
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str, list[str], str]]:
-    """(line, language, lines, heading and last paragraph) of each fenced block."""
+    """(line, language, lines, heading and last paragraph) of each fenced block.
+
+    What was said of one block does not hold for the next one.
+    """
     heading, paragraph, block, language, start = "", [], None, "", 0
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("```"):

@@ -44,8 +44,8 @@ def with_prefixes(requests: list[Request], kinds: int, tokens: int) -> list[Requ
 class TestOneReplica:
     """A fleet of one is the engine that `fastserve simulate` uses: not a bit differs."""
 
-    @pytest.mark.parametrize("seed", range(3))
-    @pytest.mark.parametrize("policy", ["fcfs", "fastserve", "mlfq"])
+    @pytest.mark.parametrize("seed", range(2))
+    @pytest.mark.parametrize("policy", ["fcfs", "fastserve"])
     @pytest.mark.parametrize("router", ROUTERS)
     def test_it_is_the_engine(self, seed, policy, router):
         """Where places are short, with every router."""
@@ -73,12 +73,11 @@ class TestOneReplica:
 
 class TestConservation:
     @pytest.mark.parametrize("router", ROUTERS)
-    @pytest.mark.parametrize("replicas", [2, 5])
     @pytest.mark.parametrize("mode", MODES)
-    def test_every_request_is_served_once(self, router, replicas, mode):
+    def test_every_request_is_served_once(self, router, mode):
         """By one replica; blocks and jobs are conserved in each after every event."""
         requests = with_prefixes(trace(2, 120, gap_s=0.02), kinds=9, tokens=40)
-        fleet = make_fleet(replicas, router, swap_mode=mode, **KV)
+        fleet = make_fleet(3, router, swap_mode=mode, **KV)
         step, checked = fleet._next, []
 
         def step_and_check():
@@ -92,7 +91,7 @@ class TestConservation:
         assert sorted(served) == sorted(one.id for one in requests)
         assert len(checked) > 300
         assert sum(replica.got for replica in fleet.replicas) == len(requests)
-        assert [replica.unfinished for replica in fleet.replicas] == [0] * replicas
+        assert [replica.unfinished for replica in fleet.replicas] == [0] * 3
         for replica in fleet.replicas:
             assert replica.engine.kv.device.count == replica.engine.shape.device_blocks
 

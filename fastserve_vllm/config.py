@@ -49,7 +49,6 @@ class FastServeConfig:
     each request; `paper`: the smallest decode step seen so far (section 4.1). Either follows the
     model and the machine by itself."""
 
-
     objective: Objective = "balanced"
     """Where the waiting goes under overload (docs/objectives.md). `balanced`: the first token at
     once, a finite ladder, and turns for whoever can have one for nothing. `smooth`: the gap between

@@ -77,6 +77,9 @@ class SimulatedEngine:
             self.kv if swaps else None,
             shape.device_blocks if ahead else None,
         )
+        # The revision of the step times that the ladder and the token budget follow.
+        self._followed = -1
+        self._token_budget = shape.token_budget
         self.moves = KvMoves(self.planner, self.kv, self._prefill_s)
         # When what was begun ends.
         self.ends_s = 0.0
@@ -147,13 +150,13 @@ class SimulatedEngine:
     def begin(self) -> None:
         """Plan the next step, and those that are going to be like it: they last until `ends_s`."""
         batch_limit = self.shape.batch_limit
-        if self._rebases:
-            rebase(self.policy, self.config, self._learned, batch_limit, self.planner.running)
+        if self._learned.revision != self._followed:
+            self._follow_step_times()
         self.planner.observe(self._uncharged_s, self.now_s, self._uncharged_steps)
         self._uncharged_s, self._uncharged_steps = 0.0, 0
         limits = StepLimits(
             batch_limit=batch_limit,
-            token_budget=self._token_budget(),
+            token_budget=self._token_budget,
             free_blocks=self.kv.device.count,
             block_tokens=self.shape.block_tokens,
         )
@@ -198,9 +201,13 @@ class SimulatedEngine:
         self.cut(arrival_s)
         return self.finish()
 
-    def _token_budget(self) -> int:
-        shape = self.shape
-        return token_budget(self._learned, self.policy.gap_s, shape.token_budget, shape.batch_limit)
+    def _follow_step_times(self) -> None:
+        """Fit the ladder to what steps take, and the steps to the gap bound."""
+        most, batch_limit, learned = self.shape.token_budget, self.shape.batch_limit, self._learned
+        if self._rebases:
+            rebase(self.policy, self.config, learned, batch_limit, self.planner.running)
+        self._token_budget = token_budget(learned, self.policy.gap_s, most, batch_limit)
+        self._followed = learned.revision
 
     def _compute(self, plan: StepPlan, begun_s: float) -> Stretch:
         """What the batch is going to do, and for how long."""
@@ -226,7 +233,7 @@ class SimulatedEngine:
         """
         if all(job.next_tokens == 1 for job in batch):
             return batch, [1] * len(batch)
-        left = self._token_budget()
+        left = self._token_budget
         counts = dict.fromkeys(batch, 0)
         for entering in (False, True):
             for job in batch:

@@ -147,10 +147,15 @@ def test_make_knows_the_target(command):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def parser():
+    """Of `vllm serve`, the plugin loaded."""
+    return make_arg_parser(FlexibleArgumentParser())
+
+
 @pytest.mark.parametrize("command", of_kind("vllm serve"), ids=str)
-def test_vllm_takes_the_flags(command):
-    """Parsed by vLLM's own parser, the plugin loaded."""
-    parser = make_arg_parser(FlexibleArgumentParser())
+def test_vllm_takes_the_flags(command, parser):
+    """Parsed by vLLM's own parser."""
     args = parser.parse_args(list(command.words[2:]))
     if "fastserve" in command.words:
         assert args.scheduler == "fastserve"

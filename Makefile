@@ -108,7 +108,7 @@ env:
 	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model
 
 dev-env:
-	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model bench test dashboards
+	@$(PYTHON) scripts/setup_env.py $(VENV) cpu model bench test dashboards ray
 
 vllm-033: dev-env
 	@scripts/vllm_033_env.sh $(VENV) $(VLLM_033)

@@ -17,8 +17,11 @@ SwapMode = Literal["proactive", "reactive", "recompute"]
 Objective = Literal["balanced", "smooth", "paper"]
 AgeingRule = Literal["relative", "absolute"]
 POLICY_NAMES: tuple[str, ...] = get_args(PolicyName)
+OwnPolicy = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 _ACCEPTS = "Input should be "
+# Said instead of what pydantic says of a pattern.
+_OWN_POLICY = "module:Class, a policy of your own"
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -35,9 +38,11 @@ class ConfigError(ValueError):
 class FastServeConfig:
     """What a user may set; `FastServeConfig.parse` is the way in from JSON or keyword arguments."""
 
-    policy: PolicyName = "fastserve"
+    policy: PolicyName | OwnPolicy = "fastserve"
     """Which policy orders requests: skip-join MLFQ (`fastserve`), MLFQ without skip-join (`mlfq`),
-    arrival order (`fcfs`), or shortest prompt first (`fixed-priority`)."""
+    arrival order (`fcfs`), or shortest prompt first (`fixed-priority`). `module:Class`: one of your
+    own, a `fastserve_vllm.policy.base.Policy` that is made without arguments; its module is
+    imported in the engine's process."""
 
     base_quantum_s: float | None = Field(default=None, gt=0)
     """Seconds of service in the highest level. None: a decode step of a full batch, so a token of
@@ -136,6 +141,8 @@ def _explain(cls: type, errors: Iterable[Any]) -> list[str]:
             sentences.append(f"fastserve_config.{name} is not a known key; known keys are: {known}")
             continue
         accepts = [first["msg"], *(other["msg"].removeprefix(_ACCEPTS) for other in others)]
+        if name == "policy":
+            accepts = [first["msg"], _OWN_POLICY]
         sentences.append(
             f"fastserve_config.{name}: {' or '.join(accepts)} (got {first['input']!r})"
         )

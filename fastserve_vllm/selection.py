@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from fastserve_vllm.config import FastServeConfig
+from fastserve_vllm.config import POLICY_NAMES, FastServeConfig
+from fastserve_vllm.policy.make import own_policy
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
@@ -40,6 +41,9 @@ def engine_overrides(
     """
     if not isinstance(config, FastServeConfig):
         config = FastServeConfig.parse(config)
+    if config.policy not in POLICY_NAMES:
+        # Tried here, so that a mistake is told before an engine starts.
+        own_policy(config.policy)
     ours = {**_CONNECTOR, "kv_connector_extra_config": {CONFIG_KEY: config.to_dict()}}
     return {
         "scheduler_cls": SCHEDULER_CLASS,

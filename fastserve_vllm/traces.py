@@ -39,21 +39,31 @@ class Stream(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TraceRow:
-    """One row of a trace; `arrival_s` is None where the trace carries no arrivals."""
+    """One row of a trace; `arrival_s` is None where the trace carries no arrivals.
+
+    `prefix` names what the first `prefix_tokens` of the prompt are; empty: nothing shared.
+    """
 
     prompt_tokens: int
     output_tokens: int
     arrival_s: float | None = None
+    prefix: str = ""
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of a workload. `arrival_s` counts from the start of the run."""
+    """One request of a workload. `arrival_s` counts from the start of the run.
+
+    Requests with the same `prefix` have the same first `prefix_tokens`.
+    """
 
     id: str
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    prefix: str = ""
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.output_tokens < 1:
@@ -77,6 +87,8 @@ def load_trace(path: Path) -> list[TraceRow]:
             columns = reader.fieldnames or []
             prompt = _column(path, columns, _PROMPT_COLUMNS)
             output = _column(path, columns, _OUTPUT_COLUMNS)
+            if "prefix" in columns:
+                _column(path, columns, ("prefix_tokens",))
             rows = [_trace_row(row, prompt, output) for row in reader]
         except InputError:
             raise
@@ -194,7 +206,14 @@ def stream_requests(
 
 def _request(number: int, row: TraceRow, arrival_s: float) -> Request:
     # Zero-padded, so that the order of the ids as strings is the order of arrival.
-    return Request(f"{number:06d}", arrival_s, row.prompt_tokens, row.output_tokens)
+    return Request(
+        f"{number:06d}",
+        arrival_s,
+        row.prompt_tokens,
+        row.output_tokens,
+        row.prefix,
+        row.prefix_tokens,
+    )
 
 
 def rng(seed: int, *stream: int) -> np.random.Generator:
@@ -225,7 +244,10 @@ def _column(path: Path, columns: Collection[str], names: Sequence[str]) -> str:
 def _trace_row(row: Mapping[str | None, Any], prompt: str, output: str) -> TraceRow:
     if None in row:
         raise ValueError(f"{len(row[None])} more fields than the first line has columns")
-    return TraceRow(_tokens(row, prompt), _tokens(row, output), _arrival_s(row))
+    prompt_tokens = _tokens(row, prompt)
+    prefix = row.get("prefix") or ""
+    shared = min(_tokens(row, "prefix_tokens"), prompt_tokens) if prefix else 0
+    return TraceRow(prompt_tokens, _tokens(row, output), _arrival_s(row), prefix, shared)
 
 
 def _tokens(row: Mapping[str | None, Any], column: str) -> int:

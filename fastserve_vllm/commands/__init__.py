@@ -10,6 +10,7 @@ import click
 
 SUBCOMMANDS = {
     "explain": "Tell where the time of one request went.",
+    "plan": "Say how many replicas a trace and its targets need.",
     "simulate": "Try policies on a trace, without an engine.",
     "timeline": "Draw the requests of a trace over time.",
     "top": "Watch a running server in the terminal.",

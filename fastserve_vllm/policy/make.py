@@ -2,9 +2,16 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TypeVar
 
-from fastserve_vllm.config import AgeingRule, FastServeConfig, Objective
+from fastserve_vllm.config import (
+    POLICY_NAMES,
+    AgeingRule,
+    ConfigError,
+    FastServeConfig,
+    Objective,
+)
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.base import Fcfs, FixedPriority, Policy
 from fastserve_vllm.policy.job import Job
@@ -144,7 +151,12 @@ def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Pol
         config: the user's choices.
         base_s: seconds of the highest level, where the configuration names none.
         batch_limit: jobs in a batch.
+
+    Raises:
+        ConfigError: it names a policy of the user's own that cannot be used.
     """
+    if config.policy not in POLICY_NAMES:
+        return own_policy(config.policy)
     if config.policy == "fcfs":
         return Fcfs()
     if config.policy == "fixed-priority":
@@ -157,3 +169,33 @@ def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Pol
             config.service_weight, ARRANGEMENTS[config.objective].service_weight
         ),
     )
+
+
+def own_policy(name: str) -> Policy:
+    """Make a policy of the user's own.
+
+    Args:
+        name: `module:Class`; the class takes no arguments.
+
+    Raises:
+        ConfigError: the module cannot be imported, has no such class, or the class is no policy.
+    """
+    module_name, _, class_name = name.partition(":")
+    field = "fastserve_config.policy"
+    try:
+        found = getattr(import_module(module_name), class_name, None)
+    except ImportError as error:
+        raise ConfigError(f"{field}: {module_name} cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{field}: {module_name} has no class {class_name}")
+    try:
+        policy: Policy = found()
+    except TypeError as error:
+        raise ConfigError(f"{field}: {name} must be made without arguments: {error}") from error
+    missing = [n for n in vars(Policy) if not n.startswith("_") and not hasattr(policy, n)]
+    if missing:
+        raise ConfigError(
+            f"{field}: {name} lacks {', '.join(missing)} of fastserve_vllm.policy.base.Policy; a "
+            "subclass of StaticPolicy in the same module needs only key"
+        )
+    return policy

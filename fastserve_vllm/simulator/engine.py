@@ -6,21 +6,23 @@ simulation follows the events and not the tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import StepLimits, token_budget
-from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.job import Job
 from fastserve_vllm.policy.make import base_quantum_s, make_policy, rebase
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.policy.step_time import StepShape, StepTimeModel, load_profile
-from fastserve_vllm.simulator.copies import Copy, CopyChannels
+from fastserve_vllm.simulator.copies import CopyChannels
 from fastserve_vllm.simulator.free_blocks import FreeBlocks
-from fastserve_vllm.simulator.kv_cache import HostState, KvCache, LiveRequest
+from fastserve_vllm.simulator.kv_cache import KvCache, LiveRequest
+from fastserve_vllm.simulator.moves import KvMoves
 from fastserve_vllm.simulator.served import ServedRequest
 from fastserve_vllm.simulator.shape import EngineShape
+from fastserve_vllm.simulator.stretch import Stretch
 from fastserve_vllm.traces import Request
 
 
@@ -75,7 +77,15 @@ class SimulatedEngine:
             self.kv if swaps else None,
             shape.device_blocks if ahead else None,
         )
-        self._ended_s = -1.0
+        # The revision of the step times that the ladder and the token budget follow.
+        self._followed = -1
+        self._token_budget = shape.token_budget
+        self.moves = KvMoves(self.planner, self.kv, self._prefill_s)
+        # When what was begun ends.
+        self.ends_s = 0.0
+        self._stretch: Stretch | None = None
+        # No token's time, so that nobody seems to have run before the first step.
+        self._ended_s = -2.0
         self._uncharged_s = 0.0
         self._uncharged_steps = 0
 
@@ -92,7 +102,7 @@ class SimulatedEngine:
             if coming is not None and not len(self.planner):
                 self.now_s = max(self.now_s, coming.arrival_s)
             while coming is not None and coming.arrival_s <= self.now_s:
-                self._arrive(coming)
+                self.arrive(coming)
                 follower = next(arrivals, None)
                 if follower is not None and follower.arrival_s < coming.arrival_s:
                     raise ValueError(f"request {follower.id} arrives out of order")
@@ -111,7 +121,12 @@ class SimulatedEngine:
 
     # ---- life of a request --------------------------------------------------------------------
 
-    def _arrive(self, request: Request) -> None:
+    def arrive(self, request: Request) -> None:
+        """A request is there when the next step is planned.
+
+        Raises:
+            ValueError: it can never fit on the device.
+        """
         blocks = self.kv.blocks_of(request.prompt_tokens + request.output_tokens)
         if blocks > self.shape.device_blocks:
             raise ValueError(
@@ -121,7 +136,7 @@ class SimulatedEngine:
         job = Job(
             request.id,
             request.prompt_tokens,
-            first_step_s=self._prefill_s(request.prompt_tokens),
+            first_step_s=self._prefill_s(request.prompt_tokens - self.kv.cached_tokens(request)),
             handle=LiveRequest(request),
         )
         job.next_tokens = request.prompt_tokens
@@ -130,92 +145,95 @@ class SimulatedEngine:
     def _prefill_s(self, tokens: int) -> float:
         return self._learned.prefill_s(tokens, self.shape.token_budget)
 
-    def _start_over(self, job: Job) -> None:
-        """A job that lost its device blocks computes all tokens again that the host lacks."""
-        live: LiveRequest = job.handle
-        kept = min(live.host_tokens, live.num_tokens - 1)
-        job.swapped_tokens = kept if live.host is HostState.SWAPPED else 0
-        job.next_tokens = live.num_tokens - job.swapped_tokens
-        job.first_step_s = self._prefill_s(job.next_tokens)
-
     # ---- one step, or one leap ----------------------------------------------------------------
 
-    def _step(self, arrival_s: float) -> list[ServedRequest]:
-        if self._rebases:
-            batch_limit = self.shape.batch_limit
-            rebase(self.policy, self.config, self._learned, batch_limit, self.planner.running)
+    def begin(self) -> None:
+        """Plan the next step, and those that are going to be like it: they last until `ends_s`."""
+        batch_limit = self.shape.batch_limit
+        if self._learned.revision != self._followed:
+            self._follow_step_times()
         self.planner.observe(self._uncharged_s, self.now_s, self._uncharged_steps)
         self._uncharged_s, self._uncharged_steps = 0.0, 0
         limits = StepLimits(
-            batch_limit=self.shape.batch_limit,
-            token_budget=self._token_budget(),
+            batch_limit=batch_limit,
+            token_budget=self._token_budget,
             free_blocks=self.kv.device.count,
             block_tokens=self.shape.block_tokens,
         )
         plan = self.planner.plan(limits, self.now_s)
-        begun_s = self._move(plan)
+        begun_s = self.moves.apply(plan, self.now_s)
         if plan.batch:
-            return self._compute(plan, begun_s, arrival_s)
-        self._idle(arrival_s)
-        return []
+            self._stretch = self._compute(plan, begun_s)
+            self.ends_s = self._stretch.ends_s
+        else:
+            # Nobody can run before a copy ends or somebody arrives.
+            self._stretch = None
+            channels = self.kv.channels
+            self.ends_s = channels.next_end_s if len(channels) else math.inf
 
-    def _token_budget(self) -> int:
-        shape = self.shape
-        return token_budget(self._learned, self.policy.gap_s, shape.token_budget, shape.batch_limit)
+    def cut(self, arrival_s: float) -> None:
+        """A request arrives: what was begun goes on to the end of the step in which it comes."""
+        if self._stretch is None:
+            self.ends_s = min(self.ends_s, arrival_s)
+        elif self._stretch.cut(arrival_s):
+            self.ends_s = self._stretch.ends_s
 
-    def _idle(self, arrival_s: float) -> None:
-        """Nobody can run before a copy ends or somebody arrives."""
-        ends_s = self.kv.channels.next_end_s if len(self.kv.channels) else math.inf
-        moment_s = min(ends_s, arrival_s)
-        if not math.isfinite(moment_s):
+    def finish(self) -> list[ServedRequest]:
+        """What was begun ends, at `ends_s`; returns the requests that are done.
+
+        Raises:
+            RuntimeError: nobody can run, and nothing is going to happen.
+        """
+        stretch = self._stretch
+        finished: list[ServedRequest] = []
+        if stretch is not None:
+            self._account(stretch)
+            finished = self._advance(stretch)
+        elif math.isfinite(self.ends_s):
+            self.now_s = max(self.now_s, self.ends_s)
+        else:
             raise RuntimeError("no job can run, and nothing is going to happen")
-        self.now_s = max(self.now_s, moment_s)
-        self._land()
+        self.moves.land(self.now_s)
+        return finished
 
-    def _compute(self, plan: StepPlan, begun_s: float, arrival_s: float) -> list[ServedRequest]:
-        plan, counts = self._token_counts(plan)
+    def _step(self, arrival_s: float) -> list[ServedRequest]:
+        self.begin()
+        self.cut(arrival_s)
+        return self.finish()
+
+    def _follow_step_times(self) -> None:
+        """Fit the ladder to what steps take, and the steps to the gap bound."""
+        most, batch_limit, learned = self.shape.token_budget, self.shape.batch_limit, self._learned
+        if self._rebases:
+            rebase(self.policy, self.config, learned, batch_limit, self.planner.running)
+        self._token_budget = token_budget(learned, self.policy.gap_s, most, batch_limit)
+        self._followed = learned.revision
+
+    def _compute(self, plan: StepPlan, begun_s: float) -> Stretch:
+        """What the batch is going to do, and for how long."""
+        batch, counts = self._token_counts(plan.batch)
         prefill, context = 0, 0
-        for job, tokens in zip(plan.batch, counts, strict=True):
+        for job, tokens in zip(batch, counts, strict=True):
             context += job.handle.computed
             if tokens > 1:
                 prefill += tokens
-        decodes = counts.count(1)
-        shape = StepShape(prefill, decodes, context)
+        shape = StepShape(prefill, counts.count(1), context)
         first_s = self.shape.step_time.predict_s(shape)
-        growth_s = 0.0
-        steps = 1
+        stretch = Stretch(batch, counts, shape, begun_s - self.now_s, begun_s, first_s)
         if self._leap and not prefill and begun_s == self.now_s:
-            grown = StepShape(0, decodes, context + decodes)
-            growth_s = self.shape.step_time.predict_s(grown) - first_s
-            steps = self._quiet_steps(plan, first_s, growth_s, arrival_s)
-        wait_s = begun_s - self.now_s
-        total_s = steps * first_s + growth_s * (steps * (steps - 1) // 2)
-        self.copy_wait_s += wait_s
-        first_end_s = begun_s + first_s
-        last_step_s = first_s + (steps - 1) * growth_s
-        self._learned.observe(shape, wait_s + first_s)
-        self.now_s = begun_s + total_s
-        self.steps += steps
-        self.prefill_tokens += prefill
-        self.stepping_s += wait_s + total_s
-        self._uncharged_s += wait_s + total_s
-        self._uncharged_steps += steps
-        if steps > 1:
-            # Those of the second step to the last.
-            self._on_gap(first_s + steps * growth_s / 2, (steps - 1) * decodes)
-        finished = self._advance(plan, counts, steps, first_end_s, last_step_s)
-        self._land()
-        return finished
+            grown = StepShape(0, shape.decodes, context + shape.decodes)
+            stretch.growth_s = self.shape.step_time.predict_s(grown) - first_s
+            stretch.steps = self._quiet_steps(stretch)
+        return stretch
 
-    def _token_counts(self, plan: StepPlan) -> tuple[StepPlan, list[int]]:
+    def _token_counts(self, batch: tuple[Job, ...]) -> tuple[tuple[Job, ...], list[int]]:
         """Tokens that each job of the batch computes; residents are served first, as by vLLM.
 
         So a prefill that gets the rest may leave none to one that came back from the host.
         """
-        batch = plan.batch
         if all(job.next_tokens == 1 for job in batch):
-            return plan, [1] * len(batch)
-        left = self._token_budget()
+            return batch, [1] * len(batch)
+        left = self._token_budget
         counts = dict.fromkeys(batch, 0)
         for entering in (False, True):
             for job in batch:
@@ -227,47 +245,59 @@ class SimulatedEngine:
                 raise RuntimeError("a plan needs more tokens than the step has")
             self.planner.missed(job, self.now_s)
             del counts[job]
-        return plan._replace(batch=tuple(counts)), list(counts.values())
+        return tuple(counts), list(counts.values())
 
-    def _advance(
-        self,
-        plan: StepPlan,
-        counts: Sequence[int],
-        steps: int,
-        first_end_s: float,
-        last_step_s: float,
-    ) -> list[ServedRequest]:
+    def _account(self, stretch: Stretch) -> None:
+        """The batch has computed: time, and what is learned of it."""
+        seconds = stretch.wait_s + stretch.total_s
+        self._learned.observe(stretch.shape, stretch.wait_s + stretch.first_s)
+        self.now_s = stretch.ends_s
+        self.steps += stretch.steps
+        self.prefill_tokens += stretch.shape.prefill_tokens
+        self.copy_wait_s += stretch.wait_s
+        self.stepping_s += seconds
+        self._uncharged_s += seconds
+        self._uncharged_steps += stretch.steps
+        if stretch.steps > 1:
+            # Those of the second step to the last.
+            mean_s = stretch.first_s + stretch.steps * stretch.growth_s / 2
+            self._on_gap(mean_s, (stretch.steps - 1) * stretch.shape.decodes)
+
+    def _advance(self, stretch: Stretch) -> list[ServedRequest]:
         """The batch has computed: allocate, count tokens and gaps, and finish who is done."""
         finished = []
         kv, block_tokens, now_s = self.kv, self.shape.block_tokens, self.now_s
+        steps = stretch.steps
+        first_end_s = stretch.begun_s + stretch.first_s
+        last_step_s = stretch.first_s + (steps - 1) * stretch.growth_s
         # Those who ran in the step before have the same gap.
         before_s, self._ended_s = self._ended_s, now_s
-        unbroken = 0
-        for job, tokens in zip(plan.batch, counts, strict=True):
+        unbroken, unbroken_s = 0, max(first_end_s - before_s, last_step_s)
+        for job, tokens in zip(stretch.batch, stretch.counts, strict=True):
             live: LiveRequest = job.handle
             live.entered = True
-            live.computed += tokens + steps - 1
-            if live.computed > live.blocks * block_tokens:
-                kv.grow(live, live.computed)
-            if tokens < job.next_tokens:
+            live.computed = computed = live.computed + tokens + steps - 1
+            if computed > live.blocks * block_tokens:
+                kv.grow(live, computed)
+            if tokens != job.next_tokens:
                 job.next_tokens -= tokens
                 continue
             job.next_tokens = 1
-            live.generated += steps
-            if live.generated > steps or live.first_token_s >= 0.0:
-                gap_s = first_end_s - live.last_token_s
-                if live.last_token_s == before_s:
-                    unbroken += 1
-                else:
-                    self._on_gap(gap_s, 1)
-                if gap_s > live.longest_gap_s or last_step_s > live.longest_gap_s:
-                    live.longest_gap_s = max(gap_s, last_step_s)
+            live.generated = generated = live.generated + steps
+            last_s, live.last_token_s = live.last_token_s, now_s
+            if last_s == before_s:
+                unbroken += 1
+                longest_s = unbroken_s
+            elif last_s >= 0.0:
+                self._on_gap(first_end_s - last_s, 1)
+                longest_s = max(first_end_s - last_s, last_step_s)
             else:
                 live.first_token_s = first_end_s
-                if steps > 1:
-                    live.longest_gap_s = last_step_s
-            live.last_token_s = now_s
-            if live.generated >= live.request.output_tokens:
+                kv.remember(live)
+                longest_s = last_step_s if steps > 1 else 0.0
+            if longest_s > live.longest_gap_s:  # noqa: PLR1730 - a call costs more
+                live.longest_gap_s = longest_s
+            if generated >= live.request.output_tokens:
                 finished.append(self._finish(job))
         if unbroken:
             self._on_gap(first_end_s - before_s, unbroken)
@@ -283,118 +313,21 @@ class SimulatedEngine:
 
     # ---- leaps --------------------------------------------------------------------------------
 
-    def _quiet_steps(
-        self, plan: StepPlan, first_s: float, growth_s: float, arrival_s: float
-    ) -> int:
-        """Steps until something happens, at least 1: the batch decodes on alike in all of them."""
+    def _quiet_steps(self, stretch: Stretch) -> int:
+        """Steps until something happens, at least 1, if nobody arrives before."""
         reserved = self.planner.quiet_blocks
         if len(self.kv.channels) or reserved is None:
             return 1
-        steps = min(job.handle.request.output_tokens - job.handle.generated for job in plan.batch)
-        calm_s = min(arrival_s - self.now_s, self.policy.calm_s(self.now_s))
-        if calm_s <= first_s:
-            return 1
-        if steps > 1 and math.isfinite(calm_s):
-            steps = min(steps, _steps_of(calm_s, first_s, growth_s))
+        batch = stretch.batch
+        live = [job.handle for job in batch]
+        steps = min([one.request.output_tokens - one.generated for one in live])
+        if steps > 1:
+            steps = min(steps, stretch.steps_within(self.policy.calm_s(self.now_s)))
         # Growth is a block in `block_tokens` steps for each job; short of memory, step by step.
-        spare = self.kv.device.count - reserved - 2 * len(plan.batch)
-        grows = spare // len(plan.batch) * self.shape.block_tokens
+        spare = self.kv.device.count - reserved - 2 * len(batch)
+        grows = spare // len(batch) * self.shape.block_tokens
         return int(max(min(steps, grows), 1))
-
-    # ---- KV cache that moves ------------------------------------------------------------------
-
-    def _move(self, plan: StepPlan) -> float:
-        """Apply what the plan says of KV cache; when the step can begin to compute."""
-        begun_s = self.now_s
-        for job in plan.spilled:
-            begun_s = max(begun_s, self._spill(job))
-        for job in plan.recomputed:
-            self._lose(job)
-        for job in plan.swapped_out:
-            self._send_out(job)
-        for job in plan.swapped_in:
-            self._bring_in(job)
-        for job in plan.saved:
-            self.kv.save(job, self.now_s)
-        for job in plan.started:
-            live: LiveRequest = job.handle
-            if live.freed is not None and not live.blocks and not job.swapped_tokens:
-                self.kv.adopt(live)
-                job.next_tokens = live.num_tokens - live.computed
-            if job.swapped_tokens:
-                blocks = self.kv.come_back(job.handle)
-                self.kv.retain(job.handle)
-                job.swapped_tokens = 0
-                begun_s = max(begun_s, self.kv.channels.wait(blocks, "in", self.now_s))
-        return begun_s
-
-    def _lose(self, job: Job) -> None:
-        """The KV cache is gone; a copy that the host keeps is of use only if it was swapped."""
-        self.kv.release(job.handle)
-        self._start_over(job)
-
-    def _spill(self, job: Job) -> float:
-        """Free the blocks at once: the step waits for the copy. Returns when that ends."""
-        live: LiveRequest = job.handle
-        missing = self.kv.leave(live)
-        if missing is None:
-            self._lose(job)
-            self.planner.evict(job, self.now_s)
-            return self.now_s
-        end_s = self.kv.channels.wait(missing, "out", self.now_s)
-        self.kv.release(live)
-        live.host = HostState.SWAPPED
-        self._start_over(job)
-        return end_s
-
-    def _send_out(self, job: Job) -> None:
-        missing = self.kv.leave(job.handle)
-        if missing is None:
-            self.planner.stayed(job)
-        elif missing:
-            self.kv.channels.begin(Copy(job, missing), "out", self.now_s)
-        else:
-            self._sent_out(job)
-
-    def _sent_out(self, job: Job) -> None:
-        self.kv.release(job.handle)
-        job.handle.host = HostState.SWAPPED
-        self.planner.swapped_out(job)
-        self._start_over(job)
-
-    def _bring_in(self, job: Job) -> None:
-        blocks = self.kv.come_back(job.handle)
-        self.kv.channels.begin(Copy(job, blocks), "in", self.now_s)
-
-    def _land(self) -> None:
-        """Copies have ended."""
-        if not len(self.kv.channels):
-            return
-        for copy in self.kv.channels.ended(self.now_s):
-            job = copy.job
-            if job is None:
-                continue
-            live: LiveRequest = job.handle
-            if job.state is JobState.SWAPPING_OUT:
-                self._sent_out(job)
-            elif job.state is JobState.SWAPPING_IN:
-                self.kv.retain(live)
-                job.next_tokens = live.num_tokens - live.computed
-                job.swapped_tokens = 0
-                self.planner.swapped_in(job)
-            elif live.host is HostState.SAVING:
-                self.kv.retain(live)
 
 
 def _ignore(gap_s: float, times: int) -> None:
     """Nobody wants to know."""
-
-
-def _steps_of(seconds: float, first_s: float, growth_s: float) -> int:
-    """The fewest steps that take at least `seconds`, where each is `growth_s` longer."""
-    if growth_s > 0:
-        half = first_s - growth_s / 2
-        steps = (math.sqrt(half * half + 2 * growth_s * seconds) - half) / growth_s
-    else:
-        steps = seconds / first_s
-    return max(math.ceil(steps - 1e-9), 1)

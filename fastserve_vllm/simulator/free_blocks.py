@@ -24,7 +24,9 @@ class FreeBlocks:
 
     def __init__(self, blocks: int) -> None:
         self.count = blocks
-        self._queue = deque([Freed(blocks)])
+        # The last entry that nobody can adopt.
+        self._dropped = Freed(blocks)
+        self._queue = deque([self._dropped])
 
     def take(self, blocks: int) -> None:
         """Reuse the blocks that were freed first.
@@ -52,6 +54,16 @@ class FreeBlocks:
         if blocks:
             self._queue.append(freed)
         return freed
+
+    def drop(self, blocks: int) -> None:
+        """Free blocks that nobody takes back; one entry holds all in a row."""
+        if not blocks:
+            return
+        self.count += blocks
+        if not self._queue or self._queue[-1] is not self._dropped:
+            self._dropped = Freed(0)
+            self._queue.append(self._dropped)
+        self._dropped.blocks += blocks
 
     def adopt(self, freed: Freed, most: int) -> int:
         """Take back what is left of the blocks, `most` at most; returns how many."""

@@ -90,6 +90,8 @@ class KvCache:
     # Copies that could be dropped for their room, least recently used first.
     _retained: OrderedDict[LiveRequest, None] = field(default_factory=OrderedDict)
     _reclaimable: int = 0
+    # Who computed a prefix last: its blocks are in use, or free and perhaps reused.
+    _prefixes: dict[str, LiveRequest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.free_host_blocks = self.host_blocks
@@ -166,6 +168,44 @@ class KvCache:
             self.device.take(wanted)
             sequence.blocks += wanted
 
+    def find(self, sequence: LiveRequest) -> bool:
+        """Give the sequence what the device still has of it; returns whether it was looked for."""
+        if sequence.freed is not None:
+            self.adopt(sequence)
+            return True
+        tokens = self.cached_tokens(sequence.request)
+        if not tokens:
+            return False
+        holder = self._prefixes[sequence.request.prefix]
+        blocks = tokens // self.block_tokens
+        if holder.computed:
+            # In use, so vLLM would share these blocks: here each has its own.
+            self.grow(sequence, tokens)
+        elif holder.freed is not None:
+            blocks = self.device.adopt(holder.freed, blocks)
+            sequence.blocks += blocks
+        sequence.computed = blocks * self.block_tokens
+        return True
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of the request's prefix that the device has, in full blocks.
+
+        The last token of a prompt is computed in any case.
+        """
+        holder = self._prefixes.get(request.prefix) if request.prefix else None
+        if holder is None:
+            return 0
+        there = holder.computed
+        if not there and holder.freed is not None:
+            there = holder.freed.blocks * self.block_tokens
+        tokens = min(there, request.prefix_tokens, request.prompt_tokens - 1)
+        return tokens // self.block_tokens * self.block_tokens
+
+    def remember(self, sequence: LiveRequest) -> None:
+        """The sequence's prefix is computed: others find it there."""
+        if sequence.request.prefix:
+            self._prefixes[sequence.request.prefix] = sequence
+
     def adopt(self, sequence: LiveRequest) -> int:
         """Take back those of its freed blocks that were not reused; returns how many.
 
@@ -183,14 +223,19 @@ class KvCache:
     def release(self, sequence: LiveRequest) -> None:
         """Free the device blocks, the last one first; the full ones may be adopted again."""
         full = sequence.computed // self.block_tokens
-        self.device.put(sequence.blocks - full)
+        self.device.drop(sequence.blocks - full)
         sequence.freed = self.device.put(full)
         sequence.blocks = sequence.computed = 0
         sequence.entered = False
 
     def forget(self, sequence: LiveRequest) -> None:
-        """The request has finished: nothing of it is kept."""
-        self.release(sequence)
+        """The request has finished: nothing of it is kept, but for a prefix that others share."""
+        prefix = sequence.request.prefix
+        if prefix and self._prefixes.get(prefix) is sequence:
+            self.release(sequence)
+        else:
+            self.device.drop(sequence.blocks)
+            sequence.blocks = 0
         self._drop_copy(sequence)
 
     # ---- host ---------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.step_time import StepTimeModel
 from fastserve_vllm.simulator.engine import SimulatedEngine
 from fastserve_vllm.simulator.figures import Figures
+from fastserve_vllm.simulator.fleet import Fleet
 from fastserve_vllm.simulator.shape import EngineShape
+from fastserve_vllm.simulator.targets import Scorecard
 from fastserve_vllm.traces import Request, TraceRow, all_present, sample_requests
 
 # Steps of the benchmarks' virtual clock: a tiny model on one CPU core. Seconds per step, prefill
 # token, decode and context token.
 VIRTUAL_STEP = (0.0014, 21e-6, 30e-6, 0.0)
 _CAPACITY_REQUESTS = 400
+_VERDICT_EVERY = 100
 
 
 def virtual_step_time() -> StepTimeModel:
@@ -50,12 +53,64 @@ def simulate(
     return {**figures.document(), **_costs(engine)}
 
 
-def capacity_rps(shape: EngineShape, rows: list[TraceRow], seed: int) -> float:
-    """Requests a second of first come, first served, with all requests present at the start."""
-    count = min(_CAPACITY_REQUESTS, len(rows))
-    requests = all_present(sample_requests(rows, count, seed))
+def simulate_fleet(
+    fleet: Fleet,
+    requests: Iterable[Request],
+    scorecard: Scorecard | None = None,
+    *,
+    to_the_end: bool = True,
+) -> dict[str, Any] | None:
+    """Serve the requests by several replicas, and return the figures of the run.
+
+    Args:
+        fleet: a new one.
+        requests: in order of arrival; read one by one.
+        scorecard: takes in what is served.
+        to_the_end: otherwise the run ends as soon as a target is missed for certain.
+
+    Returns:
+        The figures, without those of single gaps; None: the run ended early.
+
+    Raises:
+        ValueError: there are no requests, or one can never fit.
+    """
+    figures = Figures()
+    for number, served in enumerate(fleet.serve(requests)):
+        figures.take(served)
+        if scorecard is not None:
+            scorecard.take(served)
+            if not to_the_end and number % _VERDICT_EVERY == 0 and scorecard.missed:
+                return None
+    document = figures.document()
+    del document["itl_ms"], document["long_prompts_ttft_ms"]
+    return {**document, **_shares(fleet, document["duration_s"])}
+
+
+def _shares(fleet: Fleet, duration_s: float) -> dict[str, Any]:
+    """How the work was spread over the replicas."""
+    got = [replica.got for replica in fleet.replicas]
+    busy = [replica.engine.stepping_s / duration_s for replica in fleet.replicas]
+    engines = [replica.engine for replica in fleet.replicas]
+    return {
+        "replicas": len(fleet.replicas),
+        "requests_of_a_replica": {"min": min(got), "max": max(got)},
+        "busy_share": {"mean": sum(busy) / len(busy), "min": min(busy), "max": max(busy)},
+        "steps": sum(engine.steps for engine in engines),
+        "prefill_tokens": sum(engine.prefill_tokens for engine in engines),
+    }
+
+
+def capacity_rps(
+    shape: EngineShape, rows: list[TraceRow], seed: int, requests: int = _CAPACITY_REQUESTS
+) -> float:
+    """Requests a second of first come, first served, with all requests present at the start.
+
+    The more requests, the less it counts that the last ones do not fill the batch.
+    """
+    count = min(requests, len(rows))
+    present = all_present(sample_requests(rows, count, seed))
     config = FastServeConfig(policy="fcfs", swap_mode="recompute")
-    return float(simulate(shape, config, requests)["requests_per_s"])
+    return float(simulate(shape, config, present)["requests_per_s"])
 
 
 def _costs(engine: SimulatedEngine) -> dict[str, Any]:

@@ -49,6 +49,26 @@ def test_priorities(example, tiny_model):
     assert order[-2:] == ["background"] * 2
 
 
+def test_custom_policy(example, tiny_model):
+    """Short prompts that came last end first."""
+    printed = example("custom_policy.py", "--model", tiny_model, *engine_flags(), **IN_PROCESS)
+    order = re.findall(r"^(long|short) 32 tokens$", printed, re.M)
+    assert order == ["short"] * 4 + ["long"] * 4
+
+
+def test_custom_policy_is_short():
+    """A policy, and the program that shows it, in under 40 lines."""
+    assert len((EXAMPLES / "custom_policy.py").read_text().splitlines()) < 40
+
+
+def test_quantum_sweep(example):
+    """A row for each quantum; the shortest pauses answers more often than the longest."""
+    printed = example("quantum_sweep.py", "--requests", "300", "--batch", "8")
+    rows = [line.split() for line in printed.splitlines()[1:]]
+    assert [float(row[0]) for row in rows] == [0.25, 1, 4, 16, 64, 256]
+    assert int(rows[0][-1]) > int(rows[-1][-1]) >= 0
+
+
 def test_async_engine(example, tiny_model):
     """All streams arrive whole."""
     printed = example("async_engine.py", "--model", tiny_model, *engine_flags())

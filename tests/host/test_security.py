@@ -54,6 +54,7 @@ def test_only_configured_files_are_written():
                 if opens or called(call) in WRITES:
                     writers.append(str(path.relative_to(PACKAGE)))
     assert set(writers) == {
+        "commands/plan.py",
         "commands/simulate.py",
         "commands/timeline.py",
         "policy/step_time.py",

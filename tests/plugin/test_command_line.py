@@ -137,6 +137,19 @@ def test_unknown_scheduler_is_refused(parser, capsys):
     fails(capsys, lambda: parser.parse_args(flags), "--scheduler", "fair", "fastserve")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_module:Any", ["no_such_module cannot be imported"]),
+        ("json:Nothing", ["json has no class Nothing"]),
+    ],
+)
+def test_a_policy_that_cannot_be_used_is_refused(engine_args, capsys, name, words):
+    """Before a model is loaded, not when an engine's process looks for it."""
+    flags = ["--scheduler", "fastserve", "--fastserve-config.policy", name]
+    fails(capsys, lambda: engine_args(*flags), "fastserve_config.policy", *words)
+
+
 def test_conflict_with_scheduler_cls_is_refused(engine_args, capsys):
     """Two schedulers cannot both be meant."""
     flags = ["--scheduler", "fastserve", "--scheduler-cls", "my.Scheduler"]

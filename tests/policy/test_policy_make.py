@@ -4,8 +4,10 @@ import math
 
 import pytest
 
-from fastserve_vllm.config import FastServeConfig
+from fastserve_vllm.config import ConfigError, FastServeConfig
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, RelativeAgeing
+from fastserve_vllm.policy.base import StaticPolicy
+from fastserve_vllm.policy.job import Job
 from fastserve_vllm.policy.make import (
     ARRANGEMENTS,
     base_quantum_s,
@@ -124,3 +126,50 @@ def test_the_base_follows_the_steps(objective):
         rebase(policy, config, step_time, BATCH, [])
         assert policy.ladder.base_s == pytest.approx(base_s)
         assert policy.num_levels == levels
+
+
+class ByName(StaticPolicy):
+    """A policy of somebody's own."""
+
+    def key(self, job: Job) -> tuple[float, ...]:
+        return (job.priority, 0, len(job.job_id), job.arrival)
+
+
+class NotMade(ByName):
+    def __init__(self, argument: int) -> None:
+        super().__init__()
+
+
+HERE = "test_policy_make"
+
+
+def test_a_policy_of_ones_own():
+    """Module and class are enough."""
+    policy = made(policy=f"{HERE}:ByName")
+    job = Job("four", 10)
+    policy.join(job, 0.0)
+    assert type(policy).__name__ == "ByName"
+    assert job.key == (0, 0, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:Any", "no_such_module cannot be imported: No module named"),
+        (f"{HERE}:Nobody", f"{HERE} has no class Nobody"),
+        (f"{HERE}:HERE", f"{HERE} has no class HERE"),
+        (f"{HERE}:NotMade", "must be made without arguments: .*argument"),
+        ("collections:Counter", "lacks num_levels, gap_s, join, .*needs only key"),
+    ],
+)
+def test_a_policy_that_cannot_be_used(name, message):
+    """The message names the field, the class, and what is missing."""
+    with pytest.raises(ConfigError, match=f"^fastserve_config.policy: .*{message}"):
+        made(policy=name)
+
+
+@pytest.mark.parametrize("name", ["lifo", "a:b:c", ":Class", "module:", "mod ule:Class", 7])
+def test_what_names_no_policy(name):
+    """Neither one of ours nor `module:Class`: the message lists what there is."""
+    with pytest.raises(ConfigError, match="'fixed-priority' or module:Class, a policy of your own"):
+        FastServeConfig.parse({"policy": name})

@@ -1,0 +1,42 @@
+"""Benchmarks that are run by hand work, on inputs that take seconds."""
+
+import json
+
+from benchmarks import chat_identity, frontier, observability_overhead, scheduler_overhead
+
+
+def written(path):
+    return json.loads(path.read_text())
+
+
+def test_scheduler_overhead(tiny_model, tmp_path):
+    """Both schedulers have a time a step."""
+    out = tmp_path / "out.json"
+    flags = ["--sync-only", "--batch", "4", "--queued", "8", "--steps", "50", "--seeds", "0"]
+    flags += ["--warm-turns", "2", "--model", str(tiny_model), "--output", str(out)]
+    assert scheduler_overhead.main(flags) == 0
+    assert written(out)
+
+
+def test_observability_overhead(tiny_model, tmp_path):
+    """What figures and traces cost has a time, too."""
+    out = tmp_path / "out.json"
+    flags = ["--batch", "4", "--queued", "8", "--steps", "50", "--seeds", "0"]
+    flags += ["--blocks", "200", "--model", str(tiny_model), "--output", str(out)]
+    assert observability_overhead.main(flags) == 0
+    assert written(out)
+
+
+def test_frontier(tmp_path):
+    """Every arrangement is simulated, and drawn."""
+    flags = ["--workload", "sharegpt", "--name", "ShareGPT", "--load", "1.2", "--seeds", "0"]
+    assert frontier.main([*flags, "--requests", "40", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+
+
+def test_chat_identity(tiny_model, tmp_path):
+    """All 64 answers are compared, and some of their requests were preempted."""
+    out = tmp_path / "out.json"
+    flags = ["--model", str(tiny_model), "--max-tokens", "8", "--output", str(out)]
+    assert chat_identity.main(flags) == 0
+    assert written(out)

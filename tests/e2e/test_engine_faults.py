@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import vllm
 from tiny_engine import greedy, running, scheduler_of
 
 from fastserve_vllm import LLM
@@ -44,21 +43,6 @@ def test_copies_that_fail_in_the_worker(tiny_model, requests, stock_tokens, fail
     with running(LLM, tiny_model, fastserve_config=config, **STARVED) as llm:
         assert requests.generate(llm) == stock_tokens
         assert failing_copies
-        assert scheduler_of(llm).exchange.manager.counters.failed > 0
-        assert_clean(scheduler_of(llm))
-
-
-@pytest.mark.host_versions
-def test_copies_that_fail_with_a_sliding_window(tiny_model, requests, failing_copies):
-    """Two groups of KV cache, for which vLLM itself knows no recovery: likewise."""
-    layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
-    window = {"hf_overrides": layers, "disable_hybrid_kv_cache_manager": False}
-    with running(vllm.LLM, tiny_model, **window) as llm:
-        expected = requests.generate(llm)
-    config = {**CONFIG, "swap_mode": "reactive"}
-    with running(LLM, tiny_model, fastserve_config=config, **window, **STARVED) as llm:
-        assert len(scheduler_of(llm).kv_cache_config.kv_cache_groups) == 2
-        assert requests.generate(llm) == expected
         assert scheduler_of(llm).exchange.manager.counters.failed > 0
         assert_clean(scheduler_of(llm))
 

@@ -65,6 +65,7 @@ class SwapWorker:
     ) -> None:
         refuse_unsupported(kv_cache_config)
         self._kv_cache_config = kv_cache_config
+        self._rank = vllm_config.parallel_config.rank
         self._pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.host_blocks = host_block_count(vllm_config, kv_cache_config, swap_space_bytes)
         self._memory: HostMemory | None = None
@@ -171,6 +172,8 @@ class SwapWorker:
             self._note_failure(transfer, finished.cause, report)
             return
         way = transfer.direction.value
+        key = f"{self._rank},{way}"
+        report.copies[key] = report.copies.get(key, 0) + 1
         report.copied_bytes[way] = report.copied_bytes.get(way, 0) + finished.copied_bytes
         report.copy_s[way] = report.copy_s.get(way, 0.0) + finished.copy_s
 

@@ -144,6 +144,7 @@ def test_a_report_says_what_was_copied(swap_worker):
     report = settle(swap_worker)
     assert report.done == {1: 1, 2: 1}
     assert report.failed == {}
+    assert report.copies == {"0,out": 2}
     assert report.copied_bytes == {"out": 3 * BLOCK}
     assert set(report.copy_s) == {"out"}
     assert report.waited_s > 0
@@ -166,7 +167,7 @@ def test_a_failed_copy_is_told_at_the_end_of_its_step(swap_worker):
     assert {1, 3} <= set(at_once.failed)
     if 2 not in at_once.failed:
         assert set(settle(swap_worker).failed) == {2}
-    assert at_once.copied_bytes == {}
+    assert at_once.copies == at_once.copied_bytes == {}
 
 
 def test_a_cause_is_logged_once(swap_worker, monkeypatch):

@@ -327,6 +327,14 @@ CONTRACT: tuple[Seam, ...] = (
         "size host memory alike on all pipeline stages",
     ),
     Seam(
+        "vllm.config:ParallelConfig.rank",
+        "tell the copies of an engine's workers apart",
+    ),
+    Seam(
+        "vllm:envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
+        "end the engine when a copy stalls, as vLLM does when a step does",
+    ),
+    Seam(
         "vllm.distributed.parallel_state:get_pp_group",
         "size host memory alike on all pipeline stages",
     ),

@@ -1,4 +1,4 @@
-"""Holds a worker in the middle of a KV copy, for tests of what happens when it dies or stalls there.
+"""Holds a worker in the middle of a KV copy: what happens when it dies or stalls there?
 
 With `FASTSERVE_TEST_HOLD=FOLDER`, a worker of rank R that begins a copy while the file `hold-R` is
 in the folder writes its process id to `held-R` and copies nothing until `hold-R` is gone.

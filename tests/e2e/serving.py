@@ -24,6 +24,7 @@ class Server:
     url: str
     model: str
     log: Path
+    process: subprocess.Popen
 
     def get(self, path):
         """Body of a GET request."""
@@ -65,7 +66,7 @@ def serving(model, flags, env, log):
     command += ["--host", "127.0.0.1", "--port", str(port), *engine_flags(), *flags]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
-    server = Server(f"http://127.0.0.1:{port}", model, log)
+    server = Server(f"http://127.0.0.1:{port}", model, log, process)
     try:
         _wait_until_ready(process, server)
         yield server

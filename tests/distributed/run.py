@@ -122,9 +122,17 @@ def main():
     with running(vllm.LLM, args.model, max_num_seqs=32) as llm:
         expected = requests.generate(llm)
     bad = 0
+    logs = Path(tempfile.mkdtemp(prefix="distributed"))
+    print(f"servers log to {logs}")
     for layout in tqdm([layout for layout in LAYOUTS if args.only in str(layout)], unit="layout"):
-        with tempfile.TemporaryDirectory() as folder:
-            row = measure(layout, args.model, expected, requests, Path(folder))
+        folder = logs / str(layout).replace(", ", "-").replace(" ", "-")
+        folder.mkdir()
+        try:
+            row = measure(layout, args.model, expected, requests, folder)
+        except Exception as error:
+            tqdm.write(f"{layout}: {type(error).__name__}: {error}")
+            bad += 1
+            continue
         bad += bool(fault := faults(row))
         figures = {k: row[k] for k in ("copies", "gap_ms", "stock_gap_ms", "gap_ratio")}
         tqdm.write(f"{layout}: {fault or 'identical'} {json.dumps(figures)}")

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-SUPPORT = Path(__file__).parent.parent / "support"
+SUPPORT = Path(__file__).resolve().parent.parent / "support"
 # The eager runner of a later stage has no intermediate tensors to start from.
 PIPELINE_ON_CPU = ("--no-enforce-eager", "--compilation-config", '{"mode": 1, "backend": "eager"}')
 # Room for about a fifth of what the batch wants; a small base quantum preempts as often as can be.

@@ -327,6 +327,11 @@ CONTRACT: tuple[Seam, ...] = (
         "size host memory alike on all pipeline stages",
     ),
     Seam(
+        "vllm.v1.executor.abstract:Executor.get_class",
+        "refuse an executor that does not tell what every worker has copied",
+        ("vllm_config",),
+    ),
+    Seam(
         "vllm.config:ParallelConfig.rank",
         "tell the copies of an engine's workers apart",
     ),

@@ -317,7 +317,14 @@ CONTRACT: tuple[Seam, ...] = (
         "size host memory alike on all pipeline stages",
         ("self",),
     ),
-    Seam("vllm.config:ParallelConfig.rank", "size host memory alike on all pipeline stages"),
+    Seam(
+        "vllm.config:ParallelConfig.rank",
+        "size host memory alike on all pipeline stages, tell the copies of workers apart",
+    ),
+    Seam(
+        "vllm.config:ParallelConfig.distributed_executor_backend",
+        "refuse an executor with a scheduler in every rank",
+    ),
     Seam(
         "vllm.config:ParallelConfig.tensor_parallel_size",
         "size host memory alike on all pipeline stages",
@@ -330,10 +337,6 @@ CONTRACT: tuple[Seam, ...] = (
         "vllm.v1.executor.abstract:Executor.get_class",
         "refuse an executor that does not tell what every worker has copied",
         ("vllm_config",),
-    ),
-    Seam(
-        "vllm.config:ParallelConfig.rank",
-        "tell the copies of an engine's workers apart",
     ),
     Seam(
         "vllm:envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",

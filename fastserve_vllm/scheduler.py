@@ -67,6 +67,7 @@ class FastServeScheduler(AsyncScheduler):
                 "other KV connectors with --kv-transfer-config (--kv-offloading-size replaces it)"
             )
         self.fastserve_config: FastServeConfig = connector.config
+        host.check_executor(self.vllm_config, swaps=connector.config.swap_mode != "recompute")
         self.clock = clock
         self.waiting = PlannedQueue()
         self.kv_holding_waiting = PlannedQueue()

@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
-from fastserve_vllm.config import ConfigError, FastServeConfig
+from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.kv_swap.manager import INVALIDATED, Completion, CopyState, SwapManager
 from fastserve_vllm.kv_swap.transfers import Direction, Report, Transfer
 from fastserve_vllm.kv_swap.worker import block_bytes, host_block_count
@@ -47,23 +45,6 @@ class Bandwidth:
             self.bytes_per_s = _BANDWIDTH_MEMORY * old + (1 - _BANDWIDTH_MEMORY) * new
 
 
-def refuse_executor(vllm_config: VllmConfig) -> None:
-    """Every worker of an engine has to be heard, or requests would wait for their copies for ever.
-
-    Raises:
-        ConfigError: the executor passes on what the last stage of a pipeline says, and no other.
-    """
-    if vllm_config.parallel_config.pipeline_parallel_size == 1:
-        return
-    # vLLM 0.32's older Ray executor, which compiles a graph whose outputs are the last stage's.
-    if hasattr(Executor.get_class(vllm_config), "_compiled_ray_dag"):
-        raise ConfigError(
-            "the Ray executor that VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 selects tells the scheduler "
-            "only what the last stage of a pipeline has copied: leave that variable alone, or use "
-            "--fastserve-config.swap_mode recompute"
-        )
-
-
 class KvExchange:
     """A `SwapDemand`, and the arrows between device and host.
 
@@ -71,16 +52,12 @@ class KvExchange:
         scheduler: vLLM's scheduler, whose requests and blocks are moved.
         config: FastServe's configuration.
         step_time: what computing tokens costs.
-
-    Raises:
-        ConfigError: the executor does not tell what every worker has copied.
     """
 
     def __init__(
         self, scheduler: "FastServeScheduler", config: FastServeConfig, step_time: StepTimeModel
     ) -> None:
         vllm_config, kv_cache_config = scheduler.vllm_config, scheduler.kv_cache_config
-        refuse_executor(vllm_config)
         swap_space = int(config.swap_space_gib * _GIB)
         sizes = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
         self._scheduler = scheduler

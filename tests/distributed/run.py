@@ -1,10 +1,12 @@
 """Every way to spread an engine over workers, over HTTP and short of KV cache, beside stock vLLM.
 
     python tests/distributed/run.py MODEL --out benchmarks/results/distributed.json [--only ray]
+    python tests/distributed/run.py MODEL --out ... --failures
 
 For each: tokens are those of stock vLLM on one worker, every worker copied, nothing stays behind.
 Then the gap between tokens where memory is ample, FastServe's server and stock vLLM's in turns.
-Rows are added to those that the file has; docs/distributed.md shows them.
+With `--failures`, one worker of two is killed or stopped in the middle of a copy, or its copy goes
+no further. Rows are added to those that the file has; docs/distributed.md shows them.
 """
 
 import argparse
@@ -14,11 +16,12 @@ import os
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import vllm
 from driving import copies_of, gaps_of, held_blocks, tokens_of, total, wait_until_idle
+from failing import KINDS, fail
 from layouts import FASTSERVE, LAYOUTS, PRESSURE
 from ray_node import ray_node
 from serving import serving
@@ -28,32 +31,52 @@ from tqdm import tqdm
 from benchmarks.manifest import manifest, write_json
 
 REQUESTS, ROUNDS = 80, 15
+STEP_TIMEOUT_S = 15
 MOVED = ("swapped_out", "swapped_in", "saved", "copies_failed")
+FAILING = ("tensor parallel 2, mp", "pipeline 2, mp", "tensor parallel 2, ray")
 
 
-def measure(layout, model, expected, requests, folder):
+class Bench:
+    """Starts servers of one layout.
+
+    Args:
+        layout: which.
+        model: path of a model folder.
+        folder: where servers log.
+    """
+
+    def __init__(self, layout, model, folder):
+        self.layout, self._model, self._folder = layout, model, folder
+        self._env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        self._address = None
+
+    @contextmanager
+    def ready(self, **variables):
+        """With a Ray node, where the layout needs one; its workers get the variables."""
+        workers = self.layout.engines * self.layout.ranks
+        env = self.layout.environment(self._env, "", **variables)
+        env.pop("RAY_ADDRESS", None)
+        node = ray_node(env, gpus=2 * workers) if self.layout.ray else nullcontext()
+        with node as self._address:
+            yield self
+
+    def serve(self, name, *flags, **variables):
+        """A server for the length of a block."""
+        env = self.layout.environment(self._env, self._address, **variables)
+        flags = [*PRESSURE, *self.layout.flags, *self.layout.extra, *flags]
+        return serving(self._model, flags, env, self._folder / f"{name}.log")
+
+
+def measure(bench, expected, requests):
     """One layout's row."""
-    base = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     poison = {"FASTSERVE_TEST_POISON": "1"}
-    with ExitStack() as stack:
-        address = None
-        if layout.ray:
-            node = layout.environment(base, "", **poison)
-            del node["RAY_ADDRESS"]
-            workers = layout.engines * layout.ranks
-            address = stack.enter_context(ray_node(node, gpus=2 * workers))
-
-        def server(name, *flags, **variables):
-            env = layout.environment(base, address, **variables)
-            flags = [*PRESSURE, *layout.flags, *layout.extra, *flags]
-            return stack.enter_context(serving(model, flags, env, folder / f"{name}.log"))
-
-        ours = server("fastserve", *FASTSERVE, **poison)
+    with bench.ready(**poison), bench.serve("fastserve", *FASTSERVE, **poison) as ours:
         tokens = asyncio.run(tokens_of(ours, requests))
         wait_until_idle(ours)
         differing = sum(a != b for a, b in zip(tokens, expected, strict=True))
-        row = describe(layout, ours) | {"requests": len(tokens), "differing": differing}
-        return row | gaps(ours, server("stock"))
+        row = describe(bench.layout, ours) | {"requests": len(tokens), "differing": differing}
+        with bench.serve("stock") as stock:
+            return row | gaps(ours, stock)
 
 
 def describe(layout, server):
@@ -101,15 +124,69 @@ def faults(row):
     return ", ".join(found)
 
 
-def add(path, row):
-    """Put a row into the file, in the place of an older one of its layout."""
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    key = (row["layout"], row["executor"])
-    rows = [old for old in rows if (old["layout"], old["executor"]) != key] + [row]
+def failure(bench, kind, requests, folder):
+    """How a server ends when one of its two workers fails in the middle of a copy."""
+    variables = {
+        "FASTSERVE_TEST_HOLD": str(folder),
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_TIMEOUT_S),
+    }
+    with bench.ready(**variables), bench.serve("failing", *FASTSERVE, **variables) as server:
+        end = asyncio.run(fail(server, kind, folder, requests))
+    layout = bench.layout
+    row = {"layout": layout.name, "executor": layout.executor, "kind": kind} | end
+    fault = "" if "EngineDeadError" in end["errors"] and end["refused"] else f"ended: {end}"
+    return row, fault
+
+
+def add(path, part, row, *key):
+    """Put a row into a part of the file, in the place of an older one of the same key."""
+    document = json.loads(path.read_text()) if path.exists() else {"rows": [], "failures": []}
+    config = {"requests": REQUESTS, "rounds": ROUNDS, "engine": PRESSURE, "fastserve": FASTSERVE}
+    config |= {"execute_model_timeout_s": STEP_TIMEOUT_S} if part == "failures" else {}
+    same = [row[name] for name in key]
+    rows = [old for old in document[part] if [old[name] for name in key] != same]
+    rows.append(row | {"manifest": manifest(config)})
     order = {(layout.name, layout.executor): n for n, layout in enumerate(LAYOUTS)}
     rows.sort(key=lambda one: order[one["layout"], one["executor"]])
-    config = {"requests": REQUESTS, "rounds": ROUNDS, "engine": PRESSURE, "fastserve": FASTSERVE}
-    write_json(path, {"manifest": manifest(config), "rows": rows})
+    write_json(path, document | {part: rows})
+
+
+def run_layouts(args, layouts, logs):
+    """Measure layouts; returns how many went wrong."""
+    requests, bad = workload(REQUESTS), 0
+    with running(vllm.LLM, args.model, max_num_seqs=32) as llm:
+        expected = requests.generate(llm)
+    for layout in tqdm(layouts, unit="layout"):
+        folder = Path(tempfile.mkdtemp(dir=logs))
+        try:
+            row = measure(Bench(layout, args.model, folder), expected, requests)
+            fault = faults(row)
+        except Exception as error:
+            row, fault = {}, f"{type(error).__name__}: {error}; see {folder}"
+        bad += bool(fault)
+        tqdm.write(f"{layout}: {fault or 'identical'} {row.get('copies')} {row.get('gap_ratio')}")
+        if args.out is not None and not fault:
+            add(args.out, "rows", row, "layout", "executor")
+    return bad
+
+
+def run_failures(args, layouts, logs):
+    """Let workers fail; returns how many servers did not end as they should."""
+    bad = 0
+    cases = [(layout, kind) for layout in layouts if str(layout) in FAILING for kind in KINDS]
+    for layout, kind in tqdm(cases, unit="failure"):
+        folder = Path(tempfile.mkdtemp(dir=logs))
+        try:
+            row, fault = failure(
+                Bench(layout, args.model, folder), kind, workload(REQUESTS), folder
+            )
+        except Exception as error:
+            row, fault = {}, f"{type(error).__name__}: {error}; see {folder}"
+        bad += bool(fault)
+        tqdm.write(f"{layout}, {kind}: {fault or row}")
+        if args.out is not None and not fault:
+            add(args.out, "failures", row, "layout", "executor", "kind")
+    return bad
 
 
 def main():
@@ -117,27 +194,12 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, default=None, help="file to add the rows to")
     parser.add_argument("--only", default="", help="layouts whose name contains this")
+    parser.add_argument("--failures", action="store_true", help="let workers fail instead")
     args = parser.parse_args()
-    requests = workload(REQUESTS)
-    with running(vllm.LLM, args.model, max_num_seqs=32) as llm:
-        expected = requests.generate(llm)
-    bad = 0
-    logs = Path(tempfile.mkdtemp(prefix="distributed"))
+    layouts = [layout for layout in LAYOUTS if args.only in str(layout)]
+    logs = tempfile.mkdtemp(prefix="distributed")
     print(f"servers log to {logs}")
-    for layout in tqdm([layout for layout in LAYOUTS if args.only in str(layout)], unit="layout"):
-        folder = logs / str(layout).replace(", ", "-").replace(" ", "-")
-        folder.mkdir()
-        try:
-            row = measure(layout, args.model, expected, requests, folder)
-        except Exception as error:
-            tqdm.write(f"{layout}: {type(error).__name__}: {error}")
-            bad += 1
-            continue
-        bad += bool(fault := faults(row))
-        figures = {k: row[k] for k in ("copies", "gap_ms", "stock_gap_ms", "gap_ratio")}
-        tqdm.write(f"{layout}: {fault or 'identical'} {json.dumps(figures)}")
-        if args.out is not None and not fault:
-            add(args.out, row)
+    bad = (run_failures if args.failures else run_layouts)(args, layouts, logs)
     return int(bad > 0)
 
 

@@ -7,6 +7,7 @@ from driving import copies_of, held_blocks, tokens_of, total, wait_until_idle
 from failing import fail
 from layouts import FASTSERVE, LAYOUTS, PRESSURE
 from serving import serving
+from tables import ROOT, all_tables
 from tiny_engine import running, workload
 
 (TENSOR,) = (layout for layout in LAYOUTS if str(layout) == "tensor parallel 2, mp")
@@ -55,3 +56,9 @@ async def test_a_worker_that_dies_in_mid_copy_ends_the_engine(server, folder, re
     assert {"EngineDeadError", "died unexpectedly"} <= set(end["errors"])
     assert end["refused"] > 0
     assert end["seconds"] < 60
+
+
+def test_the_page_shows_the_results():
+    """`python tests/distributed/tables.py` would change nothing in docs/distributed.md."""
+    page = (ROOT / "docs/distributed.md").read_text()
+    assert [table for table in all_tables() if table not in page] == []

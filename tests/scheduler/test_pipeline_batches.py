@@ -4,12 +4,8 @@ import random
 from collections import deque
 
 import pytest
-from vllm.v1.executor.abstract import Executor
 
-from fastserve_vllm.config import ConfigError
-from fastserve_vllm.kv_swap.exchange import refuse_executor
 from fastserve_vllm.policy.job import JobState
-from fastserve_vllm.testing import ModelFreeEngine, vllm_config
 
 pytestmark = pytest.mark.host_versions
 
@@ -102,13 +98,3 @@ def test_a_stage_is_not_left_idle_for_a_better_job_in_flight(make_engine):
     engine.add("urgent", 10, 4, priority=-1)
     engine.add("other", 10, 4)
     assert [list(engine.step()) for _ in range(4)] == [["urgent"], ["other"]] * 2
-
-
-def test_an_executor_that_hears_the_last_stage_only_is_refused(tiny_model, monkeypatch):
-    """0.32's older Ray executor; one stage is all there is without a pipeline."""
-    ray_executor = pytest.importorskip("vllm.v1.executor.ray_executor", reason="0.33 has none")
-    older = ray_executor.RayDistributedExecutor
-    monkeypatch.setattr(Executor, "get_class", lambda vllm_config: older)
-    refuse_executor(vllm_config(tiny_model, {}))
-    with pytest.raises(ConfigError, match="last stage"):
-        ModelFreeEngine(vllm_config(tiny_model, {}, pipeline_parallel_size=2))

@@ -1,0 +1,70 @@
+"""The tables of docs/distributed.md, from the results.
+
+python tests/distributed/tables.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks/results/distributed.json"
+BUBBLES = ROOT / "benchmarks/results/pipeline_bubble.json"
+SYSTEMS = ("vllm", "vllm, limit x stages", "fastserve")
+
+
+def layouts(document):
+    """Configuration, executor, tokens, copies by rank, gap between tokens, start command."""
+    yield "| configuration | executor | tokens | copies out / in by rank | step time | start |"
+    yield "|---|---|---|---|---|---|"
+    for row in document["rows"]:
+        low, high = row["gap_ratio_quartiles"]
+        same = row["requests"] - row["differing"]
+        yield (
+            f"| {row['layout']} | `{row['executor']}` | {same} of {row['requests']} identical "
+            f"| {_copies(row)} | {row['gap_ratio']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| `{row['command']}` |"
+        )
+
+
+def _copies(row):
+    told = []
+    for engine in range(row["engines"]):
+        for rank in range(row["ranks"]):
+            out, into = (row["copies"][f"{engine}/{rank}/{way}"] for way in ("out", "in"))
+            of = f"engine {engine} " if row["engines"] > 1 else ""
+            told.append(f"{of}rank {rank}: {out} / {into}")
+    return "<br>".join(told)
+
+
+def failures(document):
+    """What happened to rank 1, when the server had ended, and what it said."""
+    yield "| configuration | executor | rank 1 in mid-copy | server ended after | its log says |"
+    yield "|---|---|---|---|---|"
+    for row in document["failures"]:
+        errors = ", ".join(f"`{error}`" for error in row["errors"])
+        yield (
+            f"| {row['layout']} | `{row['executor']}` | {row['kind']} | {row['seconds']:.0f} s "
+            f"| {errors} |"
+        )
+
+
+def bubbles(document):
+    """Idle share of the stages' time, by pipeline and load."""
+    yield "| stages | steps overlap | load | stock vLLM | stock, limit x stages | FastServe |"
+    yield "|---|---|---|---|---|---|"
+    for row in document["rows"]:
+        figures = " | ".join(f"{row[system]:.1%}" for system in SYSTEMS)
+        overlap = "yes" if row["overlap"] else "no"
+        yield f"| {row['stages']} | {overlap} | {row['load']} | {figures} |"
+
+
+def all_tables():
+    """Every table as text."""
+    document, bubble = (json.loads(path.read_text()) for path in (RESULTS, BUBBLES))
+    made = (layouts(document), failures(document), bubbles(bubble))
+    return ["\n".join(lines) for lines in made]
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n\n".join(all_tables()) + "\n")

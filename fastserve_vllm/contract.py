@@ -163,7 +163,7 @@ CONTRACT: tuple[Seam, ...] = (
     Seam("vllm.config:ObservabilityConfig.otlp_traces_endpoint", "trace where vLLM does"),
     Seam("vllm.tracing:extract_trace_context", "trace beside vLLM's span", ("headers",)),
     Seam("vllm.v1.request:Request", "trace beside vLLM's span", sets=("trace_headers",)),
-    Seam("vllm.config:ParallelConfig.data_parallel_size", "name an engine's trace file"),
+    Seam("vllm.config:ParallelConfig.data_parallel_index", "keep engines' files apart"),
     Seam("vllm.config:ParallelConfig.world_size", "count the workers that report a copy"),
     Seam(
         "vllm.v1.outputs:KVConnectorOutput",

@@ -53,7 +53,11 @@ class Layout:
         env = base | {"PYTHONPATH": path, "FASTSERVE_TEST_ASYNC": str(int(self.overlap))}
         env |= variables
         if self.ray:
-            env |= {"RAY_ADDRESS": ray_address, "FASTSERVE_TEST_RAY": "1"}
+            env |= {
+                "RAY_ADDRESS": ray_address,
+                "FASTSERVE_TEST_RAY": "1",
+                "RAY_AUTH_MODE": "disabled",
+            }
         return env
 
 

@@ -16,7 +16,8 @@ import os
 import statistics
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import vllm
@@ -32,6 +33,7 @@ from benchmarks.manifest import manifest, write_json
 
 REQUESTS, ROUNDS = 80, 15
 STEP_TIMEOUT_S = 15
+START_TIMEOUT_S = 600
 MOVED = ("swapped_out", "swapped_in", "saved", "copies_failed")
 FAILING = ("tensor parallel 2, mp", "pipeline 2, mp", "tensor parallel 2, ray")
 
@@ -64,19 +66,27 @@ class Bench:
         """A server for the length of a block."""
         env = self.layout.environment(self._env, self._address, **variables)
         flags = [*PRESSURE, *self.layout.flags, *self.layout.extra, *flags]
-        return serving(self._model, flags, env, self._folder / f"{name}.log")
+        return serving(self._model, flags, env, self._folder / f"{name}.log", START_TIMEOUT_S)
+
+    @contextmanager
+    def serve_both(self, *, stock, **variables):
+        """FastServe's server, and stock vLLM's if wanted; they start at once."""
+        servers = [self.serve("fastserve", *FASTSERVE, **variables)]
+        servers += [self.serve("stock")] * stock
+        with ExitStack() as stack, ThreadPoolExecutor() as pool:
+            yield list(pool.map(stack.enter_context, servers))
 
 
-def measure(bench, expected, requests):
+def measure(bench, expected, requests, *, step_times):
     """One layout's row."""
     poison = {"FASTSERVE_TEST_POISON": "1"}
-    with bench.ready(**poison), bench.serve("fastserve", *FASTSERVE, **poison) as ours:
+    with bench.ready(**poison), bench.serve_both(stock=step_times, **poison) as servers:
+        ours = servers[0]
         tokens = asyncio.run(tokens_of(ours, requests))
         wait_until_idle(ours)
         differing = sum(a != b for a, b in zip(tokens, expected, strict=True))
         row = describe(bench.layout, ours) | {"requests": len(tokens), "differing": differing}
-        with bench.serve("stock") as stock:
-            return row | gaps(ours, stock)
+        return row | (gaps(*servers) if step_times else {})
 
 
 def describe(layout, server):
@@ -159,7 +169,8 @@ def run_layouts(args, layouts, logs):
     for layout in tqdm(layouts, unit="layout"):
         folder = Path(tempfile.mkdtemp(dir=logs))
         try:
-            row = measure(Bench(layout, args.model, folder), expected, requests)
+            bench = Bench(layout, args.model, folder)
+            row = measure(bench, expected, requests, step_times=not args.tokens_only)
             fault = faults(row)
         except Exception as error:
             row, fault = {}, f"{type(error).__name__}: {error}; see {folder}"
@@ -195,6 +206,7 @@ def main():
     parser.add_argument("--out", type=Path, default=None, help="file to add the rows to")
     parser.add_argument("--only", default="", help="layouts whose name contains this")
     parser.add_argument("--failures", action="store_true", help="let workers fail instead")
+    parser.add_argument("--tokens-only", action="store_true", help="leave step times out")
     args = parser.parse_args()
     layouts = [layout for layout in LAYOUTS if args.only in str(layout)]
     logs = tempfile.mkdtemp(prefix="distributed")

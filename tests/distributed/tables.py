@@ -18,13 +18,18 @@ def layouts(document):
     yield "| configuration | executor | tokens | copies out / in by rank | step time | start |"
     yield "|---|---|---|---|---|---|"
     for row in document["rows"]:
-        low, high = row["gap_ratio_quartiles"]
         same = row["requests"] - row["differing"]
         yield (
             f"| {row['layout']} | `{row['executor']}` | {same} of {row['requests']} identical "
-            f"| {_copies(row)} | {row['gap_ratio']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| `{row['command']}` |"
+            f"| {_copies(row)} | {_step_time(row)} | `{row['command']}` |"
         )
+
+
+def _step_time(row):
+    if "gap_ratio" not in row:
+        return "not measured"
+    low, high = row["gap_ratio_quartiles"]
+    return f"{row['gap_ratio']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _copies(row):

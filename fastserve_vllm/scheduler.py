@@ -72,7 +72,8 @@ class FastServeScheduler(AsyncScheduler):
         self.waiting = PlannedQueue()
         self.kv_holding_waiting = PlannedQueue()
         self.left_out: dict[Request, None] = {}
-        self.timer = StepTimer(self.fastserve_config, self.parallel_config.data_parallel_index)
+        engine = self.vllm_config.parallel_config.data_parallel_index
+        self.timer = StepTimer(self.fastserve_config, engine)
         self.step_time = self.timer.step_time
         self.demand = HostDemand(self)
         config, batch_limit = self.fastserve_config, self.max_num_active_reqs

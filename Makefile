@@ -81,6 +81,9 @@ distributed: dev-env
 	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 	  PYTHONPATH='$(CURDIR):tests:tests/e2e' $(RUN) tests/distributed/run.py $(TINY_MODEL) \
 	  --out benchmarks/results/distributed.json $(DISTRIBUTED_ARGS)
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+	  PYTHONPATH='$(CURDIR):tests:tests/e2e' $(RUN) tests/distributed/run.py $(TINY_MODEL) \
+	  --failures --out benchmarks/results/distributed.json $(DISTRIBUTED_ARGS)
 
 dashboards: dev-env
 	$(RUN) -m scripts.dashboards

@@ -84,6 +84,7 @@ distributed: dev-env
 	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 	  PYTHONPATH='$(CURDIR):tests:tests/e2e' $(RUN) tests/distributed/run.py $(TINY_MODEL) \
 	  --failures --out benchmarks/results/distributed.json $(DISTRIBUTED_ARGS)
+	@$(RUN) tests/distributed/tables.py
 
 dashboards: dev-env
 	$(RUN) -m scripts.dashboards

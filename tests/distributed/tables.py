@@ -4,12 +4,12 @@ python tests/distributed/tables.py
 """
 
 import json
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks/results/distributed.json"
 BUBBLES = ROOT / "benchmarks/results/pipeline_bubble.json"
+PAGE = ROOT / "docs/distributed.md"
 SYSTEMS = ("vllm", "vllm, limit x stages", "fastserve")
 
 
@@ -64,12 +64,24 @@ def bubbles(document):
         yield f"| {row['stages']} | {overlap} | {row['load']} | {figures} |"
 
 
-def all_tables():
-    """Every table as text."""
-    document, bubble = (json.loads(path.read_text()) for path in (RESULTS, BUBBLES))
-    made = (layouts(document), failures(document), bubbles(bubble))
-    return ["\n".join(lines) for lines in made]
+MADE = {
+    "layouts": (layouts, RESULTS),
+    "failures": (failures, RESULTS),
+    "bubbles": (bubbles, BUBBLES),
+}
+
+
+def filled(page):
+    """The page with every table as the results have it; one without results is left as it is."""
+    for name, (make, path) in MADE.items():
+        lines = list(make(json.loads(path.read_text()))) if path.exists() else []
+        if len(lines) > 2:
+            before, after = page.split(f"<!-- table: {name} -->\n")
+            _, end, after = after.partition("<!-- end -->")
+            table = "".join(f"{line}\n" for line in lines)
+            page = f"{before}<!-- table: {name} -->\n{table}{end}{after}"
+    return page
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n\n".join(all_tables()) + "\n")
+    PAGE.write_text(filled(PAGE.read_text()))

@@ -139,9 +139,6 @@ class Roster:
             key = policy.key_among_running(job)
             if len(running) >= batch_limit and (not running or key >= running[-1].key):
                 break
-            key = policy.key_among_running(job)
-            if full and key >= running[-1].key:
-                break  # All but a tie, which rounding breaks both ways: it would displace itself.
             queue.pop()
             job.key = key
             insort(running, job, key=_by_key)

@@ -2,6 +2,7 @@
 # make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33
 # make demo     the same burst of requests on stock vLLM and on FastServe: a table and a plot
 # make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
+# make distributed  every way to run on two workers, over HTTP: docs/distributed.md (half an hour)
 # make exact    greedy tokens under KV swap in every way to run the engine (an hour or more)
 # make host-tests  vLLM's own scheduler tests on FastServe's scheduler, fetched by pip (half an hour)
 # make fuzz     random events on the scheduler: STEPS=0 until interrupted, SEED=n from there on
@@ -26,6 +27,7 @@ ARGS ?=
 SCHEDULER_ARGS ?= --scheduler fastserve
 PYTEST_ARGS ?=
 EXACT_ARGS ?=
+DISTRIBUTED_ARGS ?=
 BENCH := results/bench
 BENCH_SEEDS ?= 0
 DEMO_ARGS ?=
@@ -35,7 +37,7 @@ SEED ?= 0
 MINUTES ?= 10
 SOAK_ARGS ?=
 
-.PHONY: serve demo bench test test-033 exact host-tests fuzz soak dashboards dashboards-demo
+.PHONY: serve demo bench test test-033 exact distributed host-tests fuzz soak dashboards dashboards-demo
 .PHONY: lint format clean distclean env dev-env vllm-033
 .DEFAULT_GOAL := test
 
@@ -72,6 +74,17 @@ test-033: dev-env vllm-033
 exact: dev-env
 	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
 	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) tests/exactness.py $(TINY_MODEL) $(EXACT_ARGS)
+
+# Rows that go wrong leave the file as it is.
+distributed: dev-env
+	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+	  PYTHONPATH='$(CURDIR):tests:tests/e2e' $(RUN) tests/distributed/run.py $(TINY_MODEL) \
+	  --out benchmarks/results/distributed.json $(DISTRIBUTED_ARGS)
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+	  PYTHONPATH='$(CURDIR):tests:tests/e2e' $(RUN) tests/distributed/run.py $(TINY_MODEL) \
+	  --failures --out benchmarks/results/distributed.json $(DISTRIBUTED_ARGS)
+	@$(RUN) tests/distributed/tables.py
 
 dashboards: dev-env
 	$(RUN) -m scripts.dashboards

@@ -163,7 +163,7 @@ CONTRACT: tuple[Seam, ...] = (
     Seam("vllm.config:ObservabilityConfig.otlp_traces_endpoint", "trace where vLLM does"),
     Seam("vllm.tracing:extract_trace_context", "trace beside vLLM's span", ("headers",)),
     Seam("vllm.v1.request:Request", "trace beside vLLM's span", sets=("trace_headers",)),
-    Seam("vllm.config:ParallelConfig.data_parallel_size", "name an engine's trace file"),
+    Seam("vllm.config:ParallelConfig.data_parallel_index", "keep engines' files apart"),
     Seam("vllm.config:ParallelConfig.world_size", "count the workers that report a copy"),
     Seam(
         "vllm.v1.outputs:KVConnectorOutput",
@@ -317,7 +317,14 @@ CONTRACT: tuple[Seam, ...] = (
         "size host memory alike on all pipeline stages",
         ("self",),
     ),
-    Seam("vllm.config:ParallelConfig.rank", "size host memory alike on all pipeline stages"),
+    Seam(
+        "vllm.config:ParallelConfig.rank",
+        "size host memory alike on all pipeline stages, tell the copies of workers apart",
+    ),
+    Seam(
+        "vllm.config:ParallelConfig.distributed_executor_backend",
+        "refuse an executor with a scheduler in every rank",
+    ),
     Seam(
         "vllm.config:ParallelConfig.tensor_parallel_size",
         "size host memory alike on all pipeline stages",
@@ -325,6 +332,15 @@ CONTRACT: tuple[Seam, ...] = (
     Seam(
         "vllm.config:ParallelConfig.pipeline_parallel_size",
         "size host memory alike on all pipeline stages",
+    ),
+    Seam(
+        "vllm.v1.executor.abstract:Executor.get_class",
+        "refuse an executor that does not tell what every worker has copied",
+        ("vllm_config",),
+    ),
+    Seam(
+        "vllm:envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
+        "end the engine when a copy stalls, as vLLM does when a step does",
     ),
     Seam(
         "vllm.distributed.parallel_state:get_pp_group",

@@ -1,9 +1,15 @@
-"""Checks at start-up that the installed vLLM is one that FastServe can drive."""
+"""Checks at start-up that FastServe can drive the installed vLLM, and the executor."""
+
+from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
+from fastserve_vllm.config import ConfigError
 from fastserve_vllm.contract import CONTRACT
 from fastserve_vllm.seam import Seam
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 SUPPORTED = ((0, 32), (0, 34))
 """vLLM's minor versions from the first up to, not including, the second."""
@@ -31,6 +37,30 @@ def check(contract: tuple[Seam, ...] = CONTRACT) -> None:
     if violations:
         raise HostContractError(
             f"vLLM {vllm.__version__} is not as FastServe expects:\n- " + "\n- ".join(violations)
+        )
+
+
+def check_executor(vllm_config: "VllmConfig", *, swaps: bool) -> None:
+    """Check that one scheduler decides for all workers and, if KV is swapped, hears all of them.
+
+    Raises:
+        ConfigError: it does not, with what to do instead.
+    """
+    from vllm.v1.executor.abstract import Executor
+
+    parallel = vllm_config.parallel_config
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+        raise ConfigError(
+            "with the executor external_launcher every rank runs a scheduler of its own, and all "
+            "have to decide alike; FastServe decides by measured times, which differ: use mp or ray"
+        )
+    # vLLM 0.32's older Ray executor compiles a graph whose outputs are the last stage's.
+    pipeline = parallel.pipeline_parallel_size > 1
+    if swaps and pipeline and hasattr(Executor.get_class(vllm_config), "_compiled_ray_dag"):
+        raise ConfigError(
+            "the Ray executor that VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 selects tells the scheduler "
+            "only what the last stage of a pipeline has copied, so requests would wait for ever: "
+            "leave that variable alone, or use --fastserve-config.swap_mode recompute"
         )
 
 

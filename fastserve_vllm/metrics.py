@@ -61,15 +61,17 @@ class Label:
 
     Attributes:
         name: in Prometheus.
-        values: the values that it can have; empty: the numbers of the levels.
+        values: the values that it can have; empty: numbers.
+        numbers: in words, which.
     """
 
     name: str
     values: tuple[str, ...] = ()
+    numbers: str = ""
 
     def describe(self) -> str:
         """The values in words."""
-        return ", ".join(self.values) or "0 (the highest) to 63"
+        return ", ".join(self.values) or self.numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ class Metric:
 
 
 STATE = Label("state", tuple(state.value for state in JobState))
-LEVEL = Label("level")
+LEVEL = Label("level", numbers="0 (the highest) to 63")
+RANK = Label("rank", numbers="0 to one less than the engine's workers")
 DIRECTION = Label("direction", ("out", "in"))
 PREEMPTION_MODES = ("paused", "swapped_out", "spilled", "recomputed")
 PREEMPTION_CAUSES = ("order", "memory", "host", "copy_failed")
@@ -278,6 +281,14 @@ MEMORY: tuple[Metric, ...] = (
         "Blocks that a swap-out did not copy: the host had them from the request itself (kept) or "
         "from another with the same content (shared).",
         (Label("source", ("kept", "shared")),),
+    ),
+    Metric(
+        "worker_copies",
+        _C,
+        "copies",
+        "KV copies that did not fail, by the rank of the worker in its engine. Each worker copies "
+        "its own shard, so those of an engine keep level.",
+        (RANK, DIRECTION),
     ),
     Metric("copied_bytes", _C, "bytes", "KV cache copied, by all workers.", (DIRECTION,)),
     Metric("copy_seconds", _C, "seconds", "Time of those copies, by all workers.", (DIRECTION,)),

@@ -118,6 +118,7 @@ class Reporter:
             "swapped_in": swap.ins,
             "saved": swap.saves,
             "reused_blocks": {"kept": swap.blocks_kept, "shared": swap.blocks_shared},
+            "worker_copies": dict(exchange.copies),
             "copied_bytes": dict(exchange.copied_bytes),
             "copy_seconds": dict(exchange.copy_s),
             "copy_wait_seconds": exchange.waited_s,

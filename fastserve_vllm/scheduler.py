@@ -67,11 +67,13 @@ class FastServeScheduler(AsyncScheduler):
                 "other KV connectors with --kv-transfer-config (--kv-offloading-size replaces it)"
             )
         self.fastserve_config: FastServeConfig = connector.config
+        host.check_executor(self.vllm_config, swaps=connector.config.swap_mode != "recompute")
         self.clock = clock
         self.waiting = PlannedQueue()
         self.kv_holding_waiting = PlannedQueue()
         self.left_out: dict[Request, None] = {}
-        self.timer = StepTimer(self.fastserve_config)
+        engine = self.vllm_config.parallel_config.data_parallel_index
+        self.timer = StepTimer(self.fastserve_config, engine)
         self.step_time = self.timer.step_time
         self.demand = HostDemand(self)
         config, batch_limit = self.fastserve_config, self.max_num_active_reqs

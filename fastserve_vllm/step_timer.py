@@ -37,17 +37,18 @@ class StepTimer:
 
     Args:
         config: names the profile to begin with, and where to save what was learned.
+        engine: number of a data-parallel engine; the first one saves for all.
 
     Raises:
         ConfigError: the profile cannot be read.
     """
 
-    def __init__(self, config: FastServeConfig) -> None:
+    def __init__(self, config: FastServeConfig, engine: int = 0) -> None:
         self.step_time = _step_time_model(config)
         self._scheduled_at: deque[float] = deque()
         self._last_output_s = 0.0
         self._uncharged_s = 0.0
-        self._profile = config.save_step_time_profile
+        self._profile = config.save_step_time_profile if engine == 0 else None
         self._saved_s = float("-inf")
 
     def scheduled(self, now_s: float) -> None:

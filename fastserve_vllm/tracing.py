@@ -83,8 +83,11 @@ def _outcome(job: Job) -> str:
 
 
 def _own_path(path: str, parallel: ParallelConfig) -> str:
-    """Engines of one server do not write into each other's file."""
-    if parallel.data_parallel_size == 1:
+    """Engines of one server do not write into each other's file.
+
+    vLLM tells those of a dense model their number, but not that there are others.
+    """
+    if parallel.data_parallel_index == 0:
         return path
     named = Path(path)
     return str(named.with_name(f"{named.stem}.engine{parallel.data_parallel_index}{named.suffix}"))

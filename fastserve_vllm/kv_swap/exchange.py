@@ -4,6 +4,7 @@ The policy says who moves. This module knows what that means for vLLM's requests
 is allocated, what stays fenced while a copy is in flight, and what a finished copy releases.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,7 @@ class KvExchange:
         self._saves = all(isinstance(spec, FullAttentionSpec) for spec in specs)
         self.bandwidth = Bandwidth()
         self.waited_s = 0.0
+        self.copies: Counter[str] = Counter()
         self.copied_bytes = dict.fromkeys([d.value for d in Direction], 0)
         self.copy_s = dict.fromkeys([d.value for d in Direction], 0.0)
         self.host_blocks = host_block_count(vllm_config, kv_cache_config, swap_space)
@@ -285,6 +287,7 @@ class KvExchange:
         self.has_news = True
         self.bandwidth.learn(report)
         self.waited_s += report.waited_s
+        self.copies.update(report.copies)
         for direction, copied in report.copied_bytes.items():
             self.copied_bytes[direction] += copied
             self.copy_s[direction] += report.copy_s.get(direction, 0.0)

@@ -44,6 +44,7 @@ class Report:
         copied_bytes: by `Direction.value`, summed over workers.
         copy_s: seconds that those copies took, by `Direction.value`, summed over workers.
         waited_s: seconds that steps stood still for urgent transfers; the largest of the workers'.
+        copies: transfers that did not fail, by "rank,direction" of the worker that finished them.
     """
 
     done: dict[int, int] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Report:
     copied_bytes: dict[str, int] = field(default_factory=dict)
     copy_s: dict[str, float] = field(default_factory=dict)
     waited_s: float = 0.0
+    copies: dict[str, int] = field(default_factory=dict)
 
     def merge(self, other: "Report") -> "Report":
         """Both reports as one."""
@@ -60,6 +62,7 @@ class Report:
             copied_bytes=_sum(self.copied_bytes, other.copied_bytes),
             copy_s=_sum(self.copy_s, other.copy_s),
             waited_s=max(self.waited_s, other.waited_s),
+            copies=_sum(self.copies, other.copies),
         )
 
 

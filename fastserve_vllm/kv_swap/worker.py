@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
@@ -53,6 +54,8 @@ class SwapWorker:
         synchronous: copy while the caller waits, on any device: for a run that must not depend on
             how fast a thread is.
         host_blocks: blocks that the host memory holds.
+        stall_s: seconds after which a copy that has not finished never will: vLLM's own limit for
+            a step's answer.
 
     Raises:
         ConfigError: the KV cache cannot be swapped, or not one block of it fits.
@@ -65,11 +68,15 @@ class SwapWorker:
     ) -> None:
         refuse_unsupported(kv_cache_config)
         self._kv_cache_config = kv_cache_config
+        self._rank = vllm_config.parallel_config.rank
         self._pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.host_blocks = host_block_count(vllm_config, kv_cache_config, swap_space_bytes)
         self._memory: HostMemory | None = None
         self._engine: CopyEngine = SynchronousCopies(BlockRows((), ()))
+        self.stall_s = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
         self._pending: list[Transfer] = []
+        # When each transfer that has not finished was submitted, oldest first.
+        self._submitted_s: dict[int, float] = {}
         self._after: Any = None
         self._report: Report | None = None
         self._logged: set[str] = set()
@@ -125,7 +132,7 @@ class SwapWorker:
                 continue
             if any(share_blocks(transfer, earlier) for earlier in self._pending):
                 self.submit()
-            self._engine.submit(transfer)
+            self._submit(transfer)
         if self._pending and not any(transfer.urgent for transfer in self._pending):
             # Their blocks are none of this step's business: they wait for earlier ones only.
             self._after = self._engine.mark()
@@ -136,12 +143,20 @@ class SwapWorker:
         """Start the step's other transfers; urgent copies in are ordered before what follows."""
         if self._pending:
             for transfer in self._pending:
-                self._engine.submit(transfer, self._after)
+                self._submit(transfer, self._after)
             self._pending.clear()
             self._after = None
 
+    def _submit(self, transfer: Transfer, after: Any = None) -> None:
+        self._submitted_s[transfer.transfer_id] = time.perf_counter()
+        self._engine.submit(transfer, after)
+
     def take_report(self) -> Report | None:
-        """What has finished since the last call; None: nothing."""
+        """What has finished since the last call; None: nothing.
+
+        Raises:
+            RuntimeError: a copy has stalled.
+        """
         self._poll()
         report, self._report = self._report, None
         return report
@@ -162,15 +177,33 @@ class SwapWorker:
         if self._engine.busy:
             for finished in self._engine.poll():
                 self._note(finished)
+            self._check_stalled()
+
+    def _check_stalled(self) -> None:
+        """A request whose copy never ends would wait for ever: end the engine instead.
+
+        Steps that need not wait for the copy go on, so vLLM's own limit does not notice.
+        """
+        for transfer_id, submitted_s in self._submitted_s.items():
+            waited_s = time.perf_counter() - submitted_s
+            if waited_s > self.stall_s:
+                raise RuntimeError(
+                    f"KV swap: copy {transfer_id} has not finished for {waited_s:.0f} s, longer "
+                    f"than VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS ({self.stall_s:.0f} s)"
+                )
+            return
 
     def _note(self, finished: Finished) -> None:
         transfer, report = finished.transfer, self._reporting()
         report.done[transfer.transfer_id] = 1
+        self._submitted_s.pop(transfer.transfer_id, None)
         report.waited_s += finished.waited_s
         if finished.cause is not None:
             self._note_failure(transfer, finished.cause, report)
             return
         way = transfer.direction.value
+        key = f"{self._rank},{way}"
+        report.copies[key] = report.copies.get(key, 0) + 1
         report.copied_bytes[way] = report.copied_bytes.get(way, 0) + finished.copied_bytes
         report.copy_s[way] = report.copy_s.get(way, 0.0) + finished.copy_s
 

@@ -195,7 +195,7 @@ class StepPlanner:
             left += [job for job in held if job.state is JobState.RUNNING]
             self._put_back(outside, now_s)
             self._start(joined)
-        plan = StepPlan(tuple(self._roster.running), tuple(joined), tuple(left))
+        plan = StepPlan(tuple(self._roster.running), tuple(joined), tuple(left), held=tuple(held))
         return self._move_ahead(plan, limits, limits.free_blocks - blocks, now_s)
 
     def check_integrity(self) -> None:
@@ -292,13 +292,13 @@ class StepPlanner:
         if partial is not None:
             chosen.remove(partial)
             chosen.append(partial)
-        recomputed = [job for job in victims if job not in spilled]
         return StepPlan(
             batch=tuple(chosen),
             started=tuple(started),
             paused=tuple(paused),
-            recomputed=tuple(recomputed),
+            recomputed=tuple(job for job in victims if job not in spilled),
             spilled=tuple(spilled),
+            held=tuple(held),
         )
 
     def _spills(self, job: Job) -> bool:

@@ -20,6 +20,7 @@ class StepPlan(NamedTuple):
         swapped_out: jobs whose KV cache is copied to the host while others run.
         swapped_in: jobs whose KV cache is copied back likewise.
         saved: jobs that stay, and whose full blocks are copied to the host in advance.
+        held: jobs left out because all that they have to compute is in flight: not preempted.
     """
 
     batch: tuple[Job, ...]
@@ -30,6 +31,7 @@ class StepPlan(NamedTuple):
     swapped_out: tuple[Job, ...] = ()
     swapped_in: tuple[Job, ...] = ()
     saved: tuple[Job, ...] = ()
+    held: tuple[Job, ...] = ()
 
 
 @dataclass(slots=True)
@@ -74,6 +76,8 @@ class StepCounters:
         """
         if job in plan.started:
             self.started -= 1
+        elif job in plan.held:
+            return  # It was not preempted: it waits for what is in flight.
         elif job in plan.paused:
             self.preempt("paused", "order", -1)
             self.preempt(mode, "order")

@@ -240,6 +240,17 @@ COPIES = Row(
             "binBps",
         ),
         Panel(
+            "Copies by worker",
+            "Each worker copies its own shard: within an engine the lines keep level.",
+            (
+                Query(
+                    rate("worker_copies", "engine", "rank", "direction"),
+                    "engine {{engine}} rank {{rank}} {{direction}}",
+                ),
+            ),
+            "cps",
+        ),
+        Panel(
             "Copying and standing still",
             "Seconds a second: copies run beside the steps, unless steps stand still.",
             (

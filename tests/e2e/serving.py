@@ -24,6 +24,7 @@ class Server:
     url: str
     model: str
     log: Path
+    process: subprocess.Popen
 
     def get(self, path):
         """Body of a GET request."""
@@ -58,16 +59,16 @@ _ENGINE_LABELS = ("engine", "model_name")
 
 
 @contextmanager
-def serving(model, flags, env, log):
+def serving(model, flags, env, log, start_timeout_s=START_TIMEOUT_S):
     """A server on a free port of this machine for the length of the block."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
     command += ["--host", "127.0.0.1", "--port", str(port), *engine_flags(), *flags]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
-    server = Server(f"http://127.0.0.1:{port}", model, log)
+    server = Server(f"http://127.0.0.1:{port}", model, log, process)
     try:
-        _wait_until_ready(process, server)
+        _wait_until_ready(server, start_timeout_s)
         yield server
     finally:
         process.send_signal(signal.SIGINT)
@@ -86,10 +87,10 @@ def engine_flags():
     return flags
 
 
-def _wait_until_ready(process, server):
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait_until_ready(server, timeout_s):
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if server.process.poll() is not None:
             raise RuntimeError(f"the server ended: {server.log.read_text()[-4000:]}")
         with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             server.get("/health")

@@ -1,6 +1,7 @@
 """A worker's step: what it starts when, what it reports, and what it refuses to start with."""
 
 import pickle
+import threading
 import time
 
 import pytest
@@ -144,6 +145,7 @@ def test_a_report_says_what_was_copied(swap_worker):
     report = settle(swap_worker)
     assert report.done == {1: 1, 2: 1}
     assert report.failed == {}
+    assert report.copies == {"0,out": 2}
     assert report.copied_bytes == {"out": 3 * BLOCK}
     assert set(report.copy_s) == {"out"}
     assert report.waited_s > 0
@@ -166,7 +168,26 @@ def test_a_failed_copy_is_told_at_the_end_of_its_step(swap_worker):
     assert {1, 3} <= set(at_once.failed)
     if 2 not in at_once.failed:
         assert set(settle(swap_worker).failed) == {2}
-    assert at_once.copied_bytes == {}
+    assert at_once.copies == at_once.copied_bytes == {}
+
+
+def test_a_copy_that_stalls_raises(swap_worker, monkeypatch):
+    """Steps that do not wait for it would go on for ever; once it has finished, they may."""
+    if swap_worker.synchronous:
+        pytest.skip("copies while the caller waits: vLLM's limit for a step sees it")
+    ends, copy = threading.Event(), SynchronousCopies._copy_runs
+
+    def stalls(self, transfer):
+        ends.wait()
+        copy(self, transfer)
+
+    monkeypatch.setattr(SynchronousCopies, "_copy_runs", stalls)
+    assert step(swap_worker, out(1, (4,), (6,))) is None
+    swap_worker.stall_s = 0.0
+    with pytest.raises(RuntimeError, match="copy 1 has not finished"):
+        swap_worker.take_report()
+    ends.set()
+    assert settle(swap_worker).done == {1: 1}
 
 
 def test_a_cause_is_logged_once(swap_worker, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from fastserve_vllm.kv_swap.connector import FastServeConnector, find_connector
 from fastserve_vllm.kv_swap.statistics import FastServeStats
-from fastserve_vllm.metrics import BY_NAME
+from fastserve_vllm.metrics import BY_NAME, Kind
 from fastserve_vllm.testing import ModelFreeEngine, vllm_config
 from fastserve_vllm.trace.reading import read_trace
 
@@ -143,3 +143,28 @@ def test_figures_equal_the_trace(tiny_model, tmp_path, mode):
     else:
         left = ("leaves for others", "memory short, copied", "blocks taken, copied")
         assert sum(reasons[reason] for reason in left) == figures["swapped_out"] > 0
+
+
+@pytest.mark.parametrize(
+    "overlap",
+    [{"async_scheduling": True}, {"pipeline_parallel_size": 2}],
+    ids=["async", "pipeline"],
+)
+def test_no_counter_falls(tiny_model, overlap):
+    """Prometheus refuses it, and vLLM's server ends. Steps overlap here, and requests whose output
+    is in flight leave the device.
+    """
+    args = {"max_num_seqs": 8, "max_model_len": 512, "enable_prefix_caching": False, **overlap}
+    config = vllm_config(tiny_model, {"base_quantum_s": 0.002}, **args)
+    run = ModelFreeEngine(config, num_blocks=25, step_s=lambda _: 0.3, copy_steps=1)
+    connector, reports = find_connector(run.scheduler.connector), []
+    take = connector.statistics
+    connector.statistics = lambda: reports.append(take()) or reports[-1]
+    for number in range(200):
+        if len(run.scheduler.requests) < 40:
+            run.add(f"r{number}", 3 + 37 * number % 290, (1, 5, 20, 60)[number % 4])
+        run.step()
+    assert run.scheduler.planner.counters.swapped_out > 20
+    figures = [(BY_NAME[name], f) for r in reports if r is not None for name, f in r.items()]
+    counters = [(metric, figure) for metric, figure in figures if metric.kind is Kind.COUNTER]
+    assert [(m.name, key) for m, f in counters for key, n in m.series(f) if n < 0] == []

@@ -138,6 +138,14 @@ class TestFile:
         with pytest.raises(ConfigError, match=r"fastserve_config\.trace_file"):
             ModelFreeEngine(config)
 
+    def test_engines_write_files_of_their_own(self, tiny_model, tmp_path):
+        """Those of a dense model are told their number, and a data-parallel size of one."""
+        for engine in (0, 1):
+            config = vllm_config(tiny_model, {"trace_file": str(tmp_path / "t.jsonl")})
+            config.parallel_config.data_parallel_index = engine
+            ModelFreeEngine(config).scheduler.shutdown()
+        assert {p.name for p in tmp_path.iterdir()} == {"t.jsonl", "t.engine1.jsonl"}
+
     def test_off_by_default(self, tiny_model):
         """Without the key the planner is the plain one."""
         planner = ModelFreeEngine(vllm_config(tiny_model, {})).scheduler.planner

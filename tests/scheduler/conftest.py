@@ -16,10 +16,13 @@ PROFILE = (
 
 
 @pytest.fixture
-def make_engine(tiny_model, tmp_path):
-    """Builds an engine: `make_engine(max_num_seqs=2, num_blocks=9, fastserve={...})`."""
+def make_engine(tiny_model, tmp_path, monkeypatch):
+    """Builds an engine: `make_engine(max_num_seqs=2, num_blocks=9, fastserve={...})`.
 
-    def build(num_blocks=1024, fastserve=None, stock=False, copy_steps=0, **args):
+    With `v2` the scheduler works for vLLM's V2 model runner, which itself needs an accelerator.
+    """
+
+    def build(num_blocks=1024, fastserve=None, stock=False, copy_steps=0, v2=False, **args):
         profile = tmp_path / "profile.json"
         profile.write_text(PROFILE)
         # Tables are computed by hand, for quanta that double.
@@ -27,6 +30,8 @@ def make_engine(tiny_model, tmp_path):
         settings |= {"swap_space_gib": 0.004, **(fastserve or {})}
         args.setdefault("max_num_seqs", 2)
         config = vllm_config(str(tiny_model), None if stock else settings, **args)
+        if v2:
+            monkeypatch.setattr(type(config), "use_v2_model_runner", True)
         make = config.scheduler_config.get_scheduler_cls() if stock else None
         return ModelFreeEngine(config, num_blocks, make, copy_steps=copy_steps)
 

@@ -8,8 +8,10 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
+from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.policy.job import JobState
-from fastserve_vllm.policy.step_time import load_profile
+from fastserve_vllm.policy.step_time import StepShape, load_profile
+from fastserve_vllm.step_timer import StepTimer
 
 pytestmark = pytest.mark.host_versions
 
@@ -353,6 +355,16 @@ def test_profile_is_saved_when_the_engine_runs_dry(make_engine, tmp_path):
     engine.add("a", 10, 5)
     engine.drain()
     assert load_profile(str(path)).min_decode_step_s == pytest.approx(0.001)
+
+
+def test_the_first_engine_saves_the_profile(tmp_path):
+    """Data-parallel engines share the configuration, and would write into each other's file."""
+    config = FastServeConfig(save_step_time_profile=str(tmp_path / "learned.json"))
+    for engine in (1, 0):
+        timer = StepTimer(config, engine)
+        timer.step_time.observe(StepShape(decodes=1), 0.001)
+        timer.save(0.0)
+        assert list(tmp_path.iterdir()) == ([] if engine else [tmp_path / "learned.json"])
 
 
 def test_prior_base_quantum_gives_way_to_the_first_decode_step(make_engine):

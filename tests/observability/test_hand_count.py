@@ -41,6 +41,7 @@ def three_requests(tiny_model):
     fastserve = {
         "policy": "mlfq",
         "base_quantum_s": 0.01,
+        "quantum_ratio": 2.0,
         "num_levels": 3,
         "swap_mode": "recompute",
     }

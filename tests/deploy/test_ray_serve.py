@@ -22,7 +22,7 @@ from fastserve_vllm.selection import CONFIG_KEY
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_serve"
 REPLICAS = 2
-START_TIMEOUT_S = 400
+START_TIMEOUT_S = 900
 
 pytest.importorskip("ray.serve.llm", reason="Ray Serve's LLM API is not installed")
 

@@ -74,14 +74,16 @@ class KvExchange:
         self._saves = all(isinstance(spec, FullAttentionSpec) for spec in specs)
         self.bandwidth = Bandwidth()
         self.waited_s = 0.0
-        self.copies: Counter[str] = Counter()
+        workers = vllm_config.parallel_config.world_size
+        # From the start on, so that rates are right from the first copy on.
+        self.copies = Counter({f"{r},{d.value}": 0 for r in range(workers) for d in Direction})
         self.copied_bytes = dict.fromkeys([d.value for d in Direction], 0)
         self.copy_s = dict.fromkeys([d.value for d in Direction], 0.0)
         self.host_blocks = host_block_count(vllm_config, kv_cache_config, swap_space)
         self.manager = SwapManager(
             self.host_blocks,
             sizes,
-            workers=vllm_config.parallel_config.world_size,
+            workers=workers,
             null_block=self._kv.block_pool.null_block.block_id,
         )
         self._failed: set[str] = set()

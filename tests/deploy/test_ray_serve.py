@@ -23,6 +23,7 @@ from fastserve_vllm.selection import CONFIG_KEY
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_serve"
 REPLICAS = 2
 START_TIMEOUT_S = 900
+LOG_TIMEOUT_S = 120
 
 pytest.importorskip("ray.serve.llm", reason="Ray Serve's LLM API is not installed")
 
@@ -75,11 +76,15 @@ def test_two_replicas_serve(served):
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(pool.map(lambda prompt: complete(url, prompt), prompts))
     assert len(set(zip(prompts, answers, strict=True))) == 4
-    time.sleep(1.0)  # the log comes from other processes
-    text = log.read_text()
     scheduler = r"LLMServer\S* pid=(\d+)\).*custom scheduler class fastserve_vllm"
+    call = r"LLMServer\S* pid=(\d+)\).*CALL completions OK"
+    # The replicas' log lines come through other processes, and late.
+    deadline = time.monotonic() + LOG_TIMEOUT_S
+    while len(re.findall(call, text := log.read_text())) < len(prompts):
+        assert time.monotonic() < deadline, text[-4000:]
+        time.sleep(0.5)
     assert len(set(re.findall(scheduler, text))) == REPLICAS
-    calls = Counter(re.findall(r"LLMServer\S* pid=(\d+)\).*CALL completions OK", text))
+    calls = Counter(re.findall(call, text))
     assert len(calls) == REPLICAS
     assert sum(calls.values()) == len(prompts)
 

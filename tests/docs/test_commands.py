@@ -9,7 +9,6 @@ import click
 import pytest
 from click.testing import CliRunner
 from documented import Command, UnlabelledBlockError, commands
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from fastserve_vllm.commands import main
@@ -150,6 +149,9 @@ def test_make_knows_the_target(command):
 @pytest.fixture(scope="module")
 def parser():
     """Of `vllm serve`, the plugin loaded."""
+    # Elsewhere in vLLM 0.33, where these tests are not run.
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
     return make_arg_parser(FlexibleArgumentParser())
 
 

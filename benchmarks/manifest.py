@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -57,6 +58,14 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(rounded(document), indent=1) + "\n", encoding="utf-8")
     scratch.replace(path)
+
+
+def write_output(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Write a result to `args.output`, unless that is None; the other arguments go with it."""
+    if args.output is None:
+        return
+    arguments = {k: v for k, v in vars(args).items() if k not in ("model", "output")}
+    write_json(args.output, {"manifest": manifest({"arguments": arguments}), **result})
 
 
 def rounded(value: Any) -> Any:

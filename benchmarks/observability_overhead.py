@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.engine import prepare_environment
-from benchmarks.manifest import manifest, write_json
+from benchmarks.manifest import write_output
 from benchmarks.model import model_folder
 from benchmarks.scheduler_overhead import ClosedLoop
 
@@ -251,11 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"| {row['trace_cost_us']:.1f} us | {row['trace_share']:.2%} "
             f"| {row['front_end_us_a_report']:.0f} us a report |"
         )
-    if args.output is not None:
-        config = {
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("model", "output")}
-        }
-        write_json(args.output, {"manifest": manifest(config), **result})
+    write_output(args, result)
     return 0
 
 

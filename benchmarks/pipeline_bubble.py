@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.engine import prepare_environment
-from benchmarks.manifest import manifest, write_json
+from benchmarks.manifest import write_output
 from benchmarks.model import model_folder
 from benchmarks.virtual_clock import step_shape
 
@@ -195,11 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         bubbles = " | ".join(f"{row[name]:.1%}" for name in SYSTEMS)
         print(f"| {row['stages']} | {row['overlap']} | {row['load']} | {bubbles} |")
-    if args.output is not None:
-        config = {
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("model", "output")}
-        }
-        write_json(args.output, {"manifest": manifest(config), "rows": rows})
+    write_output(args, {"rows": rows})
     return 0
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.engine import prepare_environment
-from benchmarks.manifest import manifest, write_json
+from benchmarks.manifest import write_output
 from benchmarks.model import model_folder
 
 
@@ -184,11 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         figures = " | ".join(f"{row[c]:.1f}" if c in row else "-" for c in columns)
         print(f"| {row['system']} | {row['async_scheduling']} | {row['queued']} | {figures} |")
-    if args.output is not None:
-        config = {
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("model", "output")}
-        }
-        write_json(args.output, {"manifest": manifest(config), "rows": rows})
+    write_output(args, {"rows": rows})
     return 0
 
 

@@ -21,9 +21,15 @@ from benchmarks.engine import SMALL_MACHINE_ENVIRONMENT, EngineShape
 from benchmarks.systems import System, flags_of
 
 SERVED_NAME = "benchmark"
-# The client keeps idle connections for a minute; a server that closes them earlier now and then
-# does so just as the client uses one, and the request is lost.
-_SERVER_ENVIRONMENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
+_SERVER_ENVIRONMENT = {
+    # The client keeps idle connections for a minute; a server that closes them earlier now and
+    # then does so just as the client uses one, and the request is lost.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
+    # On a CPU, vLLM puts a single worker into a process of its own unless this is off. The engine
+    # and the worker then both poll without sleeping, and on two cores nobody else gets to run.
+    # The engine stays in a process of its own, with the worker in it, as on a GPU.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 

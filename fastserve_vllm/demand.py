@@ -22,6 +22,7 @@ class HostDemand:
     def __init__(self, scheduler: "FastServeScheduler") -> None:
         self._scheduler = scheduler
         self._kv = scheduler.kv_cache_manager
+        self._pool = scheduler.kv_cache_manager.block_pool
         self._overlapping = scheduler.vllm_config.max_concurrent_batches > 1
         config, lora = scheduler.scheduler_config, scheduler.lora_config
         self.decode_tokens = 1 + scheduler.num_spec_tokens
@@ -54,7 +55,7 @@ class HostDemand:
             decode_tokens=self.decode_tokens,
             prefill_chunk=self._chunk,
             chunked_prefill=self._chunked,
-            free_blocks=self._kv.block_pool.get_num_free_blocks(),
+            free_blocks=self._pool.get_num_free_blocks(),
             block_bound=self._block_bound,
             block_tokens=self._block_tokens,
             headroom_blocks=self._kv.watermark_blocks,

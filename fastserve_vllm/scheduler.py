@@ -59,6 +59,8 @@ class FastServeScheduler(AsyncScheduler):
                 "diffusion models are scheduled by a scheduler of vLLM's own: start this one "
                 "without --scheduler fastserve"
             )
+        if not self.scheduler_config.async_scheduling:
+            self._be_synchronous()
         connector = find_connector(self.connector)
         if connector is None:
             raise ConfigError(
@@ -329,22 +331,14 @@ class FastServeScheduler(AsyncScheduler):
 
     # ---- with asynchronous scheduling off, vLLM would have picked its plain scheduler ---------
 
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        """Expect output tokens ahead of time only where steps are scheduled ahead of it."""
-        if self.scheduler_config.async_scheduling:
-            super()._update_after_schedule(scheduler_output)
-        else:
-            super(AsyncScheduler, self)._update_after_schedule(scheduler_output)
+    def _be_synchronous(self) -> None:
+        """Expect output tokens ahead of time only where steps are scheduled ahead of them.
 
-    def _update_request_with_output(
-        self, request: Request, new_token_ids: list[int], is_stale: bool = False
-    ) -> tuple[list[int], bool]:
-        """The other half of `_update_after_schedule`."""
-        if self.scheduler_config.async_scheduling:
-            return super()._update_request_with_output(request, new_token_ids, is_stale)
-        return super(AsyncScheduler, self)._update_request_with_output(
-            request, new_token_ids, is_stale
-        )
+        Bound once, because vLLM calls the second one for every token.
+        """
+        plain: Any = super(AsyncScheduler, self)
+        self._update_after_schedule = plain._update_after_schedule
+        self._update_request_with_output = plain._update_request_with_output
 
     # ---- what vLLM asks about all of its requests -------------------------------------------
 

@@ -45,9 +45,9 @@ class SkipJoinMlfq:
         ageing: Ageing | None = None,
         service_weight: float = 0.0,
     ) -> None:
-        self.ladder = ladder
         self.skip_join = skip_join
         self.ageing = ageing
+        self._set_ladder(ladder)
         self.service_weight = service_weight
         self.demotions = 0
         self.level_demotions = [0] * ladder.num_levels
@@ -79,9 +79,7 @@ class SkipJoinMlfq:
     @property
     def gap_s(self) -> float:
         """The bound that relative ageing sets to the gap between two tokens; else infinite."""
-        if not isinstance(self.ageing, RelativeAgeing):
-            return math.inf
-        return self.ageing.first_due_s(self.ladder.base_s)
+        return self._first_due_s if isinstance(self.ageing, RelativeAgeing) else math.inf
 
     def overdue_s(self, now_s: float) -> float:
         """For how long the first job due has been; 0 where none is."""
@@ -261,7 +259,7 @@ class SkipJoinMlfq:
             raise ValueError(
                 f"the ladder has {self.ladder.num_levels} levels, got {ladder.num_levels}"
             )
-        self.ladder = ladder
+        self._set_ladder(ladder)
         self._expiries = []
         for job in running:
             self._schedule_expiry(job)
@@ -283,6 +281,13 @@ class SkipJoinMlfq:
         assert turns == len(self._turn_classes), f"I1: {turns} jobs have a turn"
 
     # ---- levels -------------------------------------------------------------------------------
+
+    def _set_ladder(self, ladder: QuantumLadder) -> None:
+        self.ladder = ladder
+        # The shortest that anybody waits before falling due.
+        self._first_due_s = math.inf
+        if self.ageing is not None:
+            self._first_due_s = self.ageing.first_due_s(ladder.base_s)
 
     def _join_level(self, job: Job) -> int:
         """Where skip-join puts the job: above the last level, for that has no first token soon."""
@@ -337,6 +342,8 @@ class SkipJoinMlfq:
 
     def _pop_expired(self) -> list[Job]:
         """The running jobs whose quantum is used up, each once however short its quantum is."""
+        if not self._expiries or self._expiries[0][0] > self._service_s:
+            return []
         due = bisect_right(self._expiries, self._service_s, key=_due)
         expired = [entry[2] for entry in self._expiries[:due]]
         del self._expiries[:due]
@@ -361,7 +368,7 @@ class SkipJoinMlfq:
     def _wait(self, job: Job, now_s: float) -> None:
         job.waiting_since_s = now_s
         if self.ageing is not None and job.turn_s is None:
-            self._waiting.push(job, now_s + self.ageing.first_due_s(self.ladder.base_s))
+            self._waiting.push(job, now_s + self._first_due_s)
 
     def _give_turns(self, ageing: RelativeAgeing, now_s: float) -> list[Job]:
         """Give those who are due a turn, as far as turns reach.
@@ -370,6 +377,8 @@ class SkipJoinMlfq:
         they may be unable to run because of it. In a class, longest overdue is first.
         """
         raised: list[Job] = []
+        if self._waiting.first_due(now_s) is None and not len(self._overdue):
+            return raised
         while (job := self._waiting.first_due(now_s)) is not None:
             due_s = self._due_s(ageing, job)
             if due_s > now_s:
@@ -387,7 +396,7 @@ class SkipJoinMlfq:
             withdraw(job)
             self.turns += 1
             # In time, it would have come in the step after it fell due.
-            self.late_turns += now_s - due_s > ageing.first_due_s(self.ladder.base_s)
+            self.late_turns += now_s - due_s > self._first_due_s
             insort(self._turn_classes, job.priority)
             job.turn_s = 0.0
             job.key = (job.priority, _TURN_LEVEL, next(self._entries), job.arrival)

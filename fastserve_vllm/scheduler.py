@@ -21,9 +21,10 @@ from fastserve_vllm.kv_swap.exchange import KvExchange
 from fastserve_vllm.kv_swap.worker import refuse_unsupported
 from fastserve_vllm.planned_queue import PlannedQueue
 from fastserve_vllm.policy.job import Job, JobState
-from fastserve_vllm.policy.make import base_quantum_s, describe, make_policy, rebase
+from fastserve_vllm.policy.make import base_quantum_s, make_policy, rebase
 from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.report import Reporter
+from fastserve_vllm.start_line import describe
 from fastserve_vllm.step_timer import StepTimer
 from fastserve_vllm.swap_moves import SwapMoves
 from fastserve_vllm.tracing import close_trace, make_planner
@@ -100,7 +101,7 @@ class FastServeScheduler(AsyncScheduler):
         self._check_every = check_period_steps()
         self.reporter = Reporter(self)
         connector.statistics = self.reporter.take
-        logger.info("FastServe: %s", self.describe())
+        logger.info("FastServe: %s", describe(self))
         if self.use_v2_model_runner and self.max_num_active_reqs == self.max_num_running_reqs:
             logger.warning(
                 "FastServe: the V2 model runner keeps one of --max-num-seqs %d slots for each "
@@ -108,22 +109,6 @@ class FastServeScheduler(AsyncScheduler):
                 "--max-num-active-seqs below --max-num-seqs to leave room for paused requests.",
                 self.max_num_running_reqs,
             )
-
-    def describe(self) -> str:
-        """One line: policy, ladder, batch limit, device blocks."""
-        config = self.fastserve_config
-        return (
-            f"policy {config.policy}, {describe(self.planner.policy, config)}, batch limit "
-            f"{self.max_num_active_reqs}, {self.kv_cache_config.num_blocks} device blocks, "
-            f"{self._describe_swap()}, model runner {'V2' if self.use_v2_model_runner else 'V1'}"
-        )
-
-    def _describe_swap(self) -> str:
-        if self.exchange is None:
-            return "no KV swap"
-        return (
-            f"{self.fastserve_config.swap_mode} KV swap to {self.exchange.host_blocks} host blocks"
-        )
 
     # ---- one step -------------------------------------------------------------------------
 

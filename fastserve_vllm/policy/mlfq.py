@@ -4,13 +4,12 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
 from itertools import count
-from operator import itemgetter
 
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, DueQueue, RelativeAgeing, withdraw
+from fastserve_vllm.policy.expiries import Expiries
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.quantum import QuantumLadder
 
-_due = itemgetter(0)
 # What has a turn stands above all levels of its priority class.
 _TURN_LEVEL = -1
 # Places in the last level are seconds, told apart to the microsecond.
@@ -59,12 +58,10 @@ class SkipJoinMlfq:
         self._service_s = 0.0
         # The reading of the service clock at which running jobs' keys are right.
         self._keys_at_s = 0.0
-        self._num_jobs = 0
-        self._num_running = 0
         # Priority classes of the jobs that have a turn, in order.
         self._turn_classes: list[int] = []
-        # When the quantum of each running job is used up, first one first.
-        self._expiries: list[tuple[float, int, Job]] = []
+        # When the quantum or the turn of each running job is used up.
+        self._expiries = Expiries()
         # Who may fall due, by when; who is due, by priority class and since when.
         self._waiting = DueQueue()
         self._overdue = DueQueue()
@@ -91,7 +88,6 @@ class SkipJoinMlfq:
         job.arrival = next(self._arrivals)
         job.joined_s = now_s
         job.served_s = 0.0
-        self._num_jobs += 1
         level = self._join_level(job) if self.skip_join else 0
         self.skip_joins += level > 0
         self.level_sizes[level] += 1
@@ -103,17 +99,15 @@ class SkipJoinMlfq:
 
     def leave(self, job: Job) -> None:
         """Forget the job."""
-        self._num_jobs -= 1
         self.level_sizes[job.level] -= 1
         withdraw(job)
-        self._cancel_expiry(job)
+        self._expiries.discard(job)
         if job.turn_s is not None:
             self._give_back_turn(job)
 
     def start(self, job: Job) -> None:
         """Run the job against what is left of its quantum, or of its turn."""
         withdraw(job)
-        self._num_running += 1
         job.running_since_s = self._service_s
         if job.turn_s is not None:
             prefills = job.state is JobState.QUEUED
@@ -124,8 +118,8 @@ class SkipJoinMlfq:
     def stop(self, job: Job, now_s: float) -> None:
         """Keep the service attained so far; begin to wait."""
         self._settle(job)
-        self._cancel_expiry(job)
-        if job.turn_s is None and job.level == self.ladder.last_level:
+        self._expiries.discard(job)
+        if job.turn_s is None:
             job.key = self.key_among_waiting(job)
         self._wait(job, now_s)
 
@@ -136,12 +130,13 @@ class SkipJoinMlfq:
         """
         self._service_s += step_s
         moved = []
-        for job in self._pop_expired():
+        for job in self._expiries.pop_due(self._service_s):
             self._settle(job)
             # By the clock, not by what was attained: sums of that may fall short by rounding.
             used_up = job.turn_s is None
             if job.turn_s is not None and not self._extend_turn(job):
-                self._end_turn(job)
+                self._give_back_turn(job)
+                job.key = self._key(job, self._keys_at_s)
                 moved.append(job)
                 used_up = job.attained_service_s >= self._quantum_s(job)
             if used_up:
@@ -163,11 +158,9 @@ class SkipJoinMlfq:
             return False
         found = False
         # Nothing else is without end.
-        for due_s, _, job in reversed(self._expiries):
-            if due_s < math.inf:
-                break
+        for job in self._expiries.endless():
             found = True
-            job.key = self._key(job)
+            job.key = self._key(job, self._service_s)
         return found
 
     def key_among_running(self, job: Job) -> tuple[float, ...]:
@@ -180,10 +173,9 @@ class SkipJoinMlfq:
 
     def key_among_waiting(self, job: Job) -> tuple[float, ...]:
         """In the last level, by age and all service up to now."""
-        key = job.key
-        if key[1] != self.ladder.last_level:
-            return key
-        return (key[0], key[1], self._place(job, self._total_service_s(job)), key[3])
+        if job.key[1] != self.ladder.last_level:
+            return job.key
+        return self._key(job, self._service_s)
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Raise the jobs that have waited for as long as ageing lets them.
@@ -206,8 +198,7 @@ class SkipJoinMlfq:
 
     def calm_s(self, now_s: float) -> float:
         """Until the first quantum is used up, or the first waiting job falls due."""
-        calm_s = self._expiries[0][0] - self._service_s if self._expiries else math.inf
-        return min(calm_s, self._waiting.due_s - now_s)
+        return min(self._expiries.first_s - self._service_s, self._waiting.due_s - now_s)
 
     def execute_s(self, batch_size: int) -> Sequence[float]:
         """T_execute of the paper's section 4.2, for a job of each level.
@@ -229,7 +220,8 @@ class SkipJoinMlfq:
             return 0.0
         if self.ageing is None:
             return math.inf
-        patience_s = self.ageing.patience_s(job, self.ladder.base_s, self._total_service_s(job))
+        served_s = self._served_s(job, self._service_s)
+        patience_s = self.ageing.patience_s(job, self.ladder.base_s, served_s)
         return max(patience_s - (now_s - job.waiting_since_s), 0.0)
 
     def next_promoted(self, limit: int) -> Sequence[Job]:
@@ -260,7 +252,7 @@ class SkipJoinMlfq:
                 f"the ladder has {self.ladder.num_levels} levels, got {ladder.num_levels}"
             )
         self._set_ladder(ladder)
-        self._expiries = []
+        self._expiries.clear()
         for job in running:
             self._schedule_expiry(job)
 
@@ -307,30 +299,25 @@ class SkipJoinMlfq:
         job.attained_service_s = job.grace_s = 0.0
         job.entry = next(self._entries)
         if job.turn_s is None:
-            job.key = self._key(job)
+            job.key = self._key(job, self._keys_at_s)
 
-    def _key(self, job: Job) -> tuple[float, ...]:
-        """Among waiting jobs; that of a running job as of `_keys_at_s`."""
+    def _key(self, job: Job, reading_s: float) -> tuple[float, ...]:
+        """The job's key without a turn; if it runs, at this reading of the service clock."""
         place: float = job.entry
         if job.level == self.ladder.last_level:
-            served_s = job.served_s
-            if job.state is JobState.RUNNING:
-                served_s += self._keys_at_s - job.running_since_s
-            place = self._place(job, served_s)
+            # Coarse enough to hide that sums of times are not exact. Otherwise
+            # `key_among_running` might exchange two jobs that came and were served together.
+            seconds = job.joined_s - self.service_weight * self._served_s(job, reading_s)
+            place = round(seconds, _PLACE_DIGITS)
         return (job.priority, job.level, place, job.arrival)
-
-    def _place(self, job: Job, served_s: float) -> float:
-        """In the last level; coarse enough to hide that sums of times are not exact.
-
-        Otherwise `key_among_running` might exchange two jobs that came and were served together.
-        """
-        return round(job.joined_s - self.service_weight * served_s, _PLACE_DIGITS)
 
     # ---- service ------------------------------------------------------------------------------
 
-    def _total_service_s(self, job: Job) -> float:
+    @staticmethod
+    def _served_s(job: Job, reading_s: float) -> float:
+        """Service attained in the job's life, at this reading of the service clock."""
         if job.state is JobState.RUNNING:
-            return job.served_s + self._service_s - job.running_since_s
+            return job.served_s + reading_s - job.running_since_s
         return job.served_s
 
     def _settle(self, job: Job) -> None:
@@ -340,28 +327,11 @@ class SkipJoinMlfq:
         job.served_s += seconds
         job.running_since_s = self._service_s
 
-    def _pop_expired(self) -> list[Job]:
-        """The running jobs whose quantum is used up, each once however short its quantum is."""
-        if not self._expiries or self._expiries[0][0] > self._service_s:
-            return []
-        due = bisect_right(self._expiries, self._service_s, key=_due)
-        expired = [entry[2] for entry in self._expiries[:due]]
-        del self._expiries[:due]
-        return expired
-
     def _schedule_expiry(self, job: Job) -> None:
         left_s = job.turn_s
         if left_s is None:
             left_s = self._quantum_s(job) - job.attained_service_s
-        job.expiry = (job.running_since_s + left_s, job.arrival, job)
-        insort(self._expiries, job.expiry)
-
-    def _cancel_expiry(self, job: Job) -> None:
-        if job.expiry is None:
-            return
-        del self._expiries[bisect_left(self._expiries, job.expiry)]
-        job.expiry = None
-        self._num_running -= 1
+        self._expiries.add(job, job.running_since_s + left_s)
 
     # ---- ageing -------------------------------------------------------------------------------
 
@@ -377,8 +347,6 @@ class SkipJoinMlfq:
         they may be unable to run because of it. In a class, longest overdue is first.
         """
         raised: list[Job] = []
-        if self._waiting.first_due(now_s) is None and not len(self._overdue):
-            return raised
         while (job := self._waiting.first_due(now_s)) is not None:
             due_s = self._due_s(ageing, job)
             if due_s > now_s:
@@ -424,10 +392,6 @@ class SkipJoinMlfq:
     def _give_back_turn(self, job: Job) -> None:
         del self._turn_classes[bisect_left(self._turn_classes, job.priority)]
         job.turn_s = None
-
-    def _end_turn(self, job: Job) -> None:
-        self._give_back_turn(job)
-        job.key = self._key(job)
 
     def _is_endless(self, job: Job) -> bool:
         limit_s = self.ageing.limit_s if isinstance(self.ageing, AbsoluteAgeing) else math.inf

@@ -282,7 +282,7 @@ class CheckedMlfq(SkipJoinMlfq):
             assert record.running == (job.state is JobState.RUNNING)
             assert job.level == record.level, f"I2: {job}"
             assert self.attained_service_s(job) == record.attained_s, f"I3: {job}"
-            assert self._total_service_s(job) == record.served_s, f"I3: {job}"
+            assert self._served_s(job, self._service_s) == record.served_s, f"I3: {job}"
             assert (job.turn_s is None) == (record.turn_s is None), f"I6: {job}"
             allowed_s = max(naive.quantum_s(record), self.excused_s.get(job, 0.0))
             assert record.turn_s is not None or record.attained_s <= allowed_s, f"I3: {job}"

@@ -25,7 +25,7 @@ seeds = st.integers(0, 1 << 30)
 
 def join_at(policy: SkipJoinMlfq, level: int, now_s: float = 0.0, priority: int = 0) -> Job:
     """A waiting job of that level."""
-    job = make_job(f"{policy._num_jobs}", priority=priority)
+    job = make_job(f"{sum(policy.level_sizes)}", priority=priority)
     job.first_step_s = 0.0
     policy.join(job, now_s)
     # Nobody joins the last level.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request, RequestStatus
 
 from fastserve_vllm.policy.budget import StepLimits, token_budget
@@ -38,6 +39,12 @@ class HostDemand:
         groups = scheduler.kv_cache_config.kv_cache_groups
         sizes = [group.kv_cache_spec.block_size for group in groups]
         self._block_tokens = min(sizes, default=scheduler.block_size)
+        # A decode of one token needs blocks at the boundaries of the smallest ones only: sizes are
+        # multiples of each other.
+        specs = [group.kv_cache_spec for group in groups]
+        self._plain = self.decode_tokens == 1 and all(
+            isinstance(spec, FullAttentionSpec) for spec in specs
+        )
         # A decode may cross one block boundary a group, or more where it drafts tokens ahead.
         self._block_bound = len(groups) * (1 + self.decode_tokens // self._block_tokens)
 
@@ -115,8 +122,12 @@ class HostDemand:
     def new_blocks(self, job: Job) -> int:
         """Blocks that the job's next step needs; a queued job needs room for all of its prompt."""
         request: Request = job.handle
+        runs = request.status == RequestStatus.RUNNING
+        decodes = runs and job.next_tokens == 1 and not request.num_output_placeholders
+        if decodes and self._plain and request.num_computed_tokens % self._block_tokens:
+            return 0
         missing = self._scheduler._request_remaining_blocks(request)
-        if request.status == RequestStatus.RUNNING:
+        if runs:
             # A token in flight may cross a boundary that vLLM's count does not see yet.
             ahead = request.num_output_placeholders > 0
             return missing + (self._block_bound if ahead else 0)

@@ -313,7 +313,6 @@ class StepPlanner:
         ahead, roster = self.ahead, self._roster
         if ahead is None or not ahead.follow(idle_blocks, limits.block_tokens):
             return plan
-        roster.refresh(self.policy)
         room = Room(
             idle_blocks=max(idle_blocks, 0),
             freeing_blocks=roster.leaving_blocks,

@@ -169,7 +169,7 @@ class SwapPlanner:
         """Choose what moves now.
 
         Args:
-            running: the step's batch, in order.
+            running: the step's batch, in order; its keys need not be up to date.
             room: what the step leaves; it is used up here.
             now_s: the time.
             spilled: jobs that this very step sends to the host; they do not come back in it.
@@ -181,31 +181,38 @@ class SwapPlanner:
         self._now_s = now_s
         self._spilled = spilled
         self.times = self.policy.execute_s(max(len(running), 1))
-        self._bring_back(decision, room)
         leavers = Leaving(self, self._leavers, running[1:])
-        self._exchange(decision, room, leavers)
+        outside = self._bring_back(decision, room)
+        if outside is not None:
+            self._exchange(decision, *outside, room, leavers)
         self._save(decision, room, leavers, reserved)
         for job in (*decision.dropped, *decision.swapped_out):
             self._paused.discard(job)
         return decision
 
-    def _bring_back(self, decision: SwapDecision, room: Room) -> None:
-        """Bring back who fits, the smallest ENST first."""
+    def _bring_back(self, decision: SwapDecision, room: Room) -> tuple[Job, int] | None:
+        """Bring back who fits, the smallest ENST first.
+
+        Returns:
+            The first one who does not fit, and the blocks that it needs; None: there is none.
+        """
         while (job := self._first_back(decision.swapped_in)) is not None:
             blocks = self.demand.new_blocks(job)
             if not room.take(blocks):
-                break
+                return job, blocks
             self._swapped.discard(job)
             decision.swapped_in.append(job)
+        return None
 
-    def _exchange(self, decision: SwapDecision, room: Room, leavers: Leaving) -> None:
+    def _exchange(
+        self, decision: SwapDecision, coming: Job, blocks: int, room: Room, leavers: Leaving
+    ) -> None:
         """Send away, the largest ENST first, until the next one to come back fits."""
-        coming = self._first_back(decision.swapped_in)
-        if coming is None:
-            return
-        blocks = self.demand.new_blocks(coming)
-        for job in leavers:
-            if room.will_hold(blocks) or not self._gains(coming, job):
+        while not room.will_hold(blocks):
+            job = next(leavers, None)
+            if job is None:
+                return
+            if not self._gains(coming, job):
                 leavers.put_back(job)
                 return
             freed = self.demand.freed_blocks(job)
@@ -256,7 +263,9 @@ class SwapPlanner:
         It must stand before it, and have a longer turn than the copies take: what is left of its
         quantum. Since whoever came back also stays until it has run, each exchange serves a turn.
         """
-        if coming.key >= leaver.key:
+        runs = leaver.state is JobState.RUNNING
+        key = self.policy.key_among_running(coming) if runs else coming.key
+        if key >= leaver.key:
             return False
         turn_s = self.policy.turn_left_s(coming)
         return turn_s > self.demand.out_s(leaver) + self.demand.in_s(coming)

@@ -39,6 +39,7 @@ class Reporter:
         self._exchange = scheduler.exchange
         self._batch_limit = scheduler.max_num_active_reqs
         self._clock = scheduler.clock
+        self._timer = scheduler.timer
         self._reported: dict[str, Any] = {}
         self._next_s = self._next_slow_s = float("-inf")
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -62,7 +63,7 @@ class Reporter:
             self._waits[job.level].observe(now_s - job.waiting_since_s)
 
     def step(self, step: EndedStep) -> None:
-        """Note a step that ended."""
+        """Note a step that ended and is learned from."""
         self.predicted_step_s += step.predicted_s
         self.tokens["prefill"] += step.shape.prefill_tokens
         self.tokens["decode"] += step.shape.decodes
@@ -77,6 +78,9 @@ class Reporter:
         dry = not len(self._planner)
         if now_s < self._next_s and not dry:
             return None
+        if dry:
+            # Nobody may ask again for long. Otherwise asking would decide when to learn.
+            self._timer.learn()
         self._next_s = now_s + _PERIOD_S
         totals = self._totals()
         report = {name: _increase(totals[name], self._reported.get(name)) for name in totals}

@@ -100,6 +100,7 @@ class FastServeScheduler(AsyncScheduler):
         self._followed = -1
         self._check_every = check_period_steps()
         self.reporter = Reporter(self)
+        self.timer.note = self.reporter.step
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", describe(self))
         if self.use_v2_model_runner and self.max_num_active_reqs == self.max_num_running_reqs:
@@ -150,9 +151,7 @@ class FastServeScheduler(AsyncScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Measure the step that ended, then let vLLM take in its output."""
         entered = time.perf_counter()
-        step = self.timer.ended(scheduler_output, self.clock())
-        if step is not None:
-            self.reporter.step(step)
+        self.timer.ended(scheduler_output, self.clock())
         self.reporter.seconds["measure"] += time.perf_counter() - entered
         transfers = model_runner_output.kv_connector_output
         self.moves.take_back(transfers)
@@ -169,6 +168,7 @@ class FastServeScheduler(AsyncScheduler):
             self.reporter.seconds["copies"] += time.perf_counter() - entered
         # A server is often killed before it shuts its scheduler down, so an idle one saves, too.
         if not len(self.planner):
+            self.timer.learn()
             self.timer.save_at_times(self.clock())
         return outputs
 

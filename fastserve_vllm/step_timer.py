@@ -1,7 +1,7 @@
 """How long steps take: measured when they end, learned, and saved as a profile."""
 
 from collections import deque
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -13,7 +13,14 @@ from fastserve_vllm.policy.step_time import (
     save_profile,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _PROFILE_PERIOD_S = 5.0
+# Beside a model's forward pass Python runs at half its speed, for the caches are cold. So steps are
+# learned from in batches, but for the first ones, on which every prediction hangs.
+_LEARN_STEPS = 16
+_EAGER_STEPS = 64
 
 
 class EndedStep(NamedTuple):
@@ -33,11 +40,15 @@ class EndedStep(NamedTuple):
 
 
 class StepTimer:
-    """Measures the steps that end, and learns from them.
+    """Measures the steps that end, and learns from them, some steps late.
 
     Args:
         config: names the profile to begin with, and where to save what was learned.
         engine: number of a data-parallel engine; the first one saves for all.
+
+    Attributes:
+        step_time: what was learned.
+        note: told of every step when it is learned from.
 
     Raises:
         ConfigError: the profile cannot be read.
@@ -45,7 +56,10 @@ class StepTimer:
 
     def __init__(self, config: FastServeConfig, engine: int = 0) -> None:
         self.step_time = _step_time_model(config)
+        self.note: Callable[[EndedStep], None] | None = None
         self._scheduled_at: deque[float] = deque()
+        # Shape, requests and seconds.
+        self._unlearned: list[tuple[StepShape, int, float]] = []
         self._last_output_s = 0.0
         self._uncharged_s = 0.0
         self._profile = config.save_step_time_profile if engine == 0 else None
@@ -55,15 +69,15 @@ class StepTimer:
         """A step was scheduled, empty or not."""
         self._scheduled_at.append(now_s)
 
-    def ended(self, output: SchedulerOutput, now_s: float) -> EndedStep | None:
-        """The oldest step in flight ended; None: it was empty.
+    def ended(self, output: SchedulerOutput, now_s: float) -> None:
+        """The oldest step in flight ended, empty or not.
 
         It took the seconds that it ran alone: from its start, or from the end of the one before.
         """
         # Another part of the engine may complete a step that was not planned here.
         scheduled_s = self._scheduled_at.popleft() if self._scheduled_at else now_s
         if not output.total_num_scheduled_tokens:
-            return None
+            return
         # A clock that was set back gives nobody service back.
         step_s = max(now_s - max(scheduled_s, self._last_output_s), 0.0)
         self._last_output_s = now_s
@@ -75,9 +89,19 @@ class StepTimer:
             decodes=decodes,
             context_tokens=sum(output.scheduled_cached_reqs.num_computed_tokens),
         )
-        step = EndedStep(shape, len(counts), self.step_time.predict_s(shape), step_s)
-        self.step_time.observe(shape, step_s)
-        return step
+        self._unlearned.append((shape, len(counts), step_s))
+        eager = self.step_time.observations < _EAGER_STEPS
+        if eager or len(self._unlearned) >= _LEARN_STEPS:
+            self.learn()
+
+    def learn(self) -> None:
+        """Learn from the steps that have ended since the last call."""
+        for shape, requests, step_s in self._unlearned:
+            if self.note is not None:
+                predicted_s = self.step_time.predict_s(shape)
+                self.note(EndedStep(shape, requests, predicted_s, step_s))
+            self.step_time.observe(shape, step_s)
+        self._unlearned.clear()
 
     def take_s(self) -> float:
         """Seconds of the steps that ended since the last call: to be charged to those that ran."""
@@ -91,6 +115,7 @@ class StepTimer:
 
     def save(self, now_s: float) -> None:
         """Save the profile where that is configured and a step has been measured."""
+        self.learn()
         if self._profile is not None and self.step_time.min_decode_step_s is not None:
             save_profile(self.step_time, self._profile)
             self._saved_s = now_s

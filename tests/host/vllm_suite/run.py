@@ -1,6 +1,6 @@
 """Runs vLLM's own scheduler tests with FastServe's scheduler in the place of vLLM's.
 
-    make host-tests HOST_ARGS="--versions 0.32.0 0.33.0 TEST ..."
+    make host-tests HOST_ARGS="TEST ... --versions 0.32.0 0.33.0"
 
 Three runs a version: stock, `default` (as users get it) and `bare` (arrival order, no connector of
 ours; see `plugin.py`). A test that passes stock has to pass with FastServe, or to be listed in

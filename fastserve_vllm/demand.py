@@ -23,7 +23,6 @@ class HostDemand:
     def __init__(self, scheduler: "FastServeScheduler") -> None:
         self._scheduler = scheduler
         self._kv = scheduler.kv_cache_manager
-        self._pool = scheduler.kv_cache_manager.block_pool
         self._overlapping = scheduler.vllm_config.max_concurrent_batches > 1
         config, lora = scheduler.scheduler_config, scheduler.lora_config
         self.decode_tokens = 1 + scheduler.num_spec_tokens
@@ -39,12 +38,11 @@ class HostDemand:
         groups = scheduler.kv_cache_config.kv_cache_groups
         sizes = [group.kv_cache_spec.block_size for group in groups]
         self._block_tokens = min(sizes, default=scheduler.block_size)
+        # Whether a request's blocks hold all of its tokens, and stay until it leaves.
+        self.full_attention = all(isinstance(g.kv_cache_spec, FullAttentionSpec) for g in groups)
         # A decode of one token needs blocks at the boundaries of the smallest ones only: sizes are
         # multiples of each other.
-        specs = [group.kv_cache_spec for group in groups]
-        self._plain = self.decode_tokens == 1 and all(
-            isinstance(spec, FullAttentionSpec) for spec in specs
-        )
+        self._plain = self.full_attention and self.decode_tokens == 1
         # A decode may cross one block boundary a group, or more where it drafts tokens ahead.
         self._block_bound = len(groups) * (1 + self.decode_tokens // self._block_tokens)
 
@@ -62,7 +60,7 @@ class HostDemand:
             decode_tokens=self.decode_tokens,
             prefill_chunk=self._chunk,
             chunked_prefill=self._chunked,
-            free_blocks=self._pool.get_num_free_blocks(),
+            free_blocks=self._kv.block_pool.get_num_free_blocks(),
             block_bound=self._block_bound,
             block_tokens=self._block_tokens,
             headroom_blocks=self._kv.watermark_blocks,
@@ -123,13 +121,13 @@ class HostDemand:
         """Blocks that the job's next step needs; a queued job needs room for all of its prompt."""
         request: Request = job.handle
         runs = request.status == RequestStatus.RUNNING
-        decodes = runs and job.next_tokens == 1 and not request.num_output_placeholders
-        if decodes and self._plain and request.num_computed_tokens % self._block_tokens:
+        # A token in flight may cross a boundary that neither of the counts below sees yet.
+        ahead = runs and request.num_output_placeholders > 0
+        decodes = self._plain and runs and not ahead and job.next_tokens == 1
+        if decodes and request.num_computed_tokens % self._block_tokens:
             return 0
         missing = self._scheduler._request_remaining_blocks(request)
         if runs:
-            # A token in flight may cross a boundary that vLLM's count does not see yet.
-            ahead = request.num_output_placeholders > 0
             return missing + (self._block_bound if ahead else 0)
         return missing - self._shared_blocks(request) if missing else 0
 

@@ -9,7 +9,6 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -70,8 +69,7 @@ class KvExchange:
         # A block's hash names its content; only where blocks are hashed one by one is it its key.
         self._keyed = self._kv.enable_caching and len(sizes) == 1
         # Blocks that fall out of a window are freed while their request runs: not to be read then.
-        specs = [g.kv_cache_spec for g in kv_cache_config.kv_cache_groups]
-        self._saves = all(isinstance(spec, FullAttentionSpec) for spec in specs)
+        self._saves = scheduler.demand.full_attention
         self.bandwidth = Bandwidth()
         self.waited_s = 0.0
         workers = vllm_config.parallel_config.world_size

@@ -119,8 +119,7 @@ class SkipJoinMlfq:
         """Keep the service attained so far; begin to wait."""
         self._settle(job)
         self._expiries.discard(job)
-        if job.turn_s is None:
-            job.key = self.key_among_waiting(job)
+        job.key = self.key_among_waiting(job)
         self._wait(job, now_s)
 
     def charge(self, step_s: float) -> Sequence[Job]:

@@ -240,8 +240,7 @@ class StepPlanner:
         """Take those of the running jobs out that have nothing to compute, and return them."""
         unready = self.demand.unready(jobs)
         if unready:
-            gone = set(unready)
-            self._roster.running = [job for job in self._roster.running if job not in gone]
+            self._roster.take_out(unready)
         return unready
 
     def _drain(self, limits: StepLimits, now_s: float) -> StepPlan:
@@ -341,7 +340,7 @@ class StepPlanner:
         for job in decision.dropped:
             self.counters.send_away(job, plan, "recomputed")
             self._give_up(job, now_s, spilled=False)
-        self._roster.running = [job for job in self._roster.running if job not in gone]
+        self._roster.take_out(gone)
         return plan._replace(
             batch=tuple(job for job in plan.batch if job not in gone),
             started=tuple(job for job in plan.started if job not in gone),

@@ -115,6 +115,11 @@ class Roster:
         for job in moved:
             insort(running, job, key=_by_key)
 
+    def take_out(self, jobs: Iterable[Job]) -> None:
+        """Take several jobs out of `running` at once."""
+        gone = set(jobs)
+        self.running = [job for job in self.running if job not in gone]
+
     def refresh(self, policy: Policy) -> None:
         """Bring the running jobs' places up to date."""
         if policy.refresh():

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from serving import free_port
 from tiny_engine import ENGINE_ARGS
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -27,12 +27,6 @@ START_TIMEOUT_S = 900
 LOG_TIMEOUT_S = 120
 
 pytest.importorskip("ray.serve.llm", reason="Ray Serve's LLM API is not installed")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

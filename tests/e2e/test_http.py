@@ -64,7 +64,7 @@ def test_chat(server, client):
 
 
 def test_streaming_token_by_token(server, client):
-    """Tokens arrive mostly one by one, and are the unstreamed answer; usage comes last."""
+    """Tokens arrive one by one, and together are the unstreamed answer; usage comes last."""
     arguments = greedy(server, "once upon a time", 20)
     whole = client.completions.create(**arguments)
     chunks = list(
@@ -72,8 +72,7 @@ def test_streaming_token_by_token(server, client):
     )
     tokens = [chunk.choices[0].token_ids for chunk in chunks if chunk.choices]
     assert list(itertools.chain(*tokens)) == whole.choices[0].token_ids
-    # vLLM bundles tokens where its front end does not keep up, as on a busy machine.
-    assert sum(len(step) == 1 for step in tokens) > 10, "tokens were bundled"
+    assert sum(len(step) == 1 for step in tokens) >= 18, "tokens were bundled"
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
     assert chunks[-1].usage.completion_tokens == 20
 

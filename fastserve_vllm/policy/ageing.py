@@ -5,15 +5,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from fastserve_vllm.policy.job import Job, JobState
 
 _SLACK = 64
+# Where an entry of a `DueQueue` has the last part of its rank.
+_DUE = -4
 # Computing lost KV cache again for the sake of one token may take this share of the time at most.
 _RECOMPUTE_PATIENCE = 10.0
-
-DueEntry = tuple[tuple[float, ...], int, Job, "DueQueue"]
-
 
 @dataclass(frozen=True, slots=True)
 class AbsoluteAgeing:
@@ -90,7 +90,8 @@ class DueQueue:
     """
 
     def __init__(self) -> None:
-        self._heap: list[DueEntry] = []
+        # (*rank, number, job, queue): flat, for a comparison that follows fewer pointers.
+        self._heap: list[tuple[Any, ...]] = []
         self._numbers = count()
         self._size = 0
 
@@ -101,10 +102,10 @@ class DueQueue:
         """Add the job, or move it; ties go by the order of the calls. It is in no other queue."""
         withdraw(job)
         self._size += 1
-        job.due = (rank, next(self._numbers), job, self)
+        job.due = (*rank, next(self._numbers), job, self)
         heapq.heappush(self._heap, job.due)
         if len(self._heap) > _SLACK + 2 * self._size:
-            self._heap = [entry for entry in self._heap if entry[2].due is entry]
+            self._heap = [entry for entry in self._heap if entry[-2].due is entry]
             heapq.heapify(self._heap)
 
     def discard(self, job: Job) -> None:
@@ -115,22 +116,22 @@ class DueQueue:
     def first(self) -> Job | None:
         """The job with the smallest rank, or None."""
         heap = self._heap
-        while heap and heap[0][2].due is not heap[0]:
+        while heap and heap[0][-2].due is not heap[0]:
             heapq.heappop(heap)
-        return heap[0][2] if heap else None
+        return heap[0][-2] if heap else None
 
     @property
     def due_s(self) -> float:
         """When `first()` falls due, the last part of its rank; infinite where there is nobody."""
-        return self._heap[0][0][-1] if self.first() is not None else math.inf
+        return self._heap[0][_DUE] if self.first() is not None else math.inf
 
     def first_due(self, now_s: float) -> Job | None:
         """`first()`, if it falls due by now. Cheap, for most steps ask for nothing else."""
         # A stale entry that is not due yet hides nobody who is.
-        if not self._heap or self._heap[0][0][-1] > now_s:
+        if not self._heap or self._heap[0][_DUE] > now_s:
             return None
         job = self.first()
-        return job if job is not None and self._heap[0][0][-1] <= now_s else None
+        return job if job is not None and self._heap[0][_DUE] <= now_s else None
 
     def next(self, limit: int) -> Sequence[Job]:
         """The jobs with the smallest ranks, in order, `limit` at most."""
@@ -139,8 +140,8 @@ class DueQueue:
         frontier = [(self._heap[0], 0)] if self._heap else []
         while frontier and len(found) < limit:
             entry, index = heapq.heappop(frontier)
-            if entry[2].due is entry:
-                found.append(entry[2])
+            if entry[-2].due is entry:
+                found.append(entry[-2])
             for child in (2 * index + 1, 2 * index + 2):
                 if child < len(self._heap):
                     heapq.heappush(frontier, (self._heap[child], child))

@@ -72,13 +72,13 @@ class FastServeConfig:
     highest level, the paper's rule. None: `relative`; `paper`: `absolute`."""
 
     ageing_ratio: float | None = Field(default=None, ge=0)
-    """Seconds of waiting for each second of service that a request has attained (or its first step
-    is known to take) before it gets a turn, where that costs more than a batch place. None: 10;
-    `smooth`: 0, which lets nobody wait for longer than `max_token_gap_s`."""
+    """Seconds of waiting for each second of service that a request has attained before it gets a
+    turn, where that costs more than a batch place. None: 20; `smooth`: 0, which lets nobody wait
+    for longer than `max_token_gap_s`."""
 
     starvation_limit_s: Annotated[float, Field(gt=0)] | Literal["off"] | None = None
     """Seconds a request may wait for its next turn at most, and `off` to let it wait for ever.
-    None: 3; `paper`: 0.3, from section 4.1."""
+    None: 6; `paper`: 0.3, from section 4.1."""
 
     max_token_gap_s: float | None = Field(default=None, gt=0)
     """Bound of the gap between two tokens with relative ageing, seconds. A prompt is prefilled in

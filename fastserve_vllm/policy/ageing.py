@@ -15,6 +15,7 @@ _DUE = -4
 # Computing lost KV cache again for the sake of one token may take this share of the time at most.
 _RECOMPUTE_PATIENCE = 10.0
 
+
 @dataclass(frozen=True, slots=True)
 class AbsoluteAgeing:
     """The paper's rule (section 4.1): who has waited for the limit is promoted to level 0.
@@ -40,9 +41,9 @@ class RelativeAgeing:
 
     A job whose KV cache is on the device may wait for the gap bound: its turn costs a batch place
     for a step. To serve any other, KV cache has to move or to be computed, and that takes the
-    longer the more service it has attained. So it waits for `ratio` times that service (or the
-    known time of its first step), but no longer than `limit_s`: its share of the work stays
-    bounded from below, and the churn from above.
+    longer the more service it has attained. So it waits for `ratio` times that service (ten
+    times its first step where it has to be computed, if that is longer), but no longer than
+    `limit_s`: its share of the work stays bounded from below, and the churn from above.
 
     Attributes:
         ratio: seconds of waiting for a second of service; 0: the gap bound for everybody.
@@ -68,7 +69,7 @@ class RelativeAgeing:
         gap_s = self.first_due_s(base_quantum_s)
         if job.state in (JobState.PAUSED, JobState.RUNNING):
             return gap_s
-        wait_s = self.ratio * max(served_s, job.first_step_s)
+        wait_s = self.ratio * served_s
         if job.state is JobState.QUEUED:
             wait_s = max(wait_s, _RECOMPUTE_PATIENCE * job.first_step_s)
         return min(max(wait_s, gap_s), self.limit_s)

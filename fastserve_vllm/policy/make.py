@@ -39,8 +39,8 @@ class Arrangement:
     quantum_ratio: float = 2.1
     service_weight: float = 50.0
     ageing: AgeingRule = "relative"
-    ageing_ratio: float = 10.0
-    starvation_limit_s: float = 3.0
+    ageing_ratio: float = 20.0
+    starvation_limit_s: float = 6.0
     turn_share: float = 0.25
 
 

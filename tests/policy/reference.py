@@ -67,7 +67,7 @@ def naive_patience_s(ageing: Ageing, base_s: float, job: Job, served_s: float) -
     gap_s = max(ageing.gap_s, ageing.gap_quanta * base_s)
     cost_s = 0.0
     if job.state not in (JobState.PAUSED, JobState.RUNNING):
-        cost_s = ageing.ratio * max(served_s, job.first_step_s)
+        cost_s = ageing.ratio * served_s
     if job.state is JobState.QUEUED:
         cost_s = max(cost_s, 10 * job.first_step_s)
     return sorted([min(gap_s, ageing.limit_s), cost_s, ageing.limit_s])[1]

@@ -86,7 +86,7 @@ class TestEnst:
         wait(job, JobState.QUEUED).first_step_s = 0.5
         job.served_s = 0.0
         waits.append(policy.promote_s(job, 1.0))
-        assert waits == [2.0 - 1, 30.0 - 1, 2.5 - 1, 50.0 - 1, 5.0 - 1]
+        assert waits == [2.0 - 1, 30.0 - 1, 2.0 - 1, 50.0 - 1, 5.0 - 1]
 
     def test_who_has_a_turn_is_scheduled_now(self):
         """Its ENST is 0, on the host too, and it is owed its turn whatever the copies cost."""

@@ -1,11 +1,17 @@
-"""How much of the machine others took while something was measured: on a shared one, trust less."""
+"""What else went on in the machine while something was measured: on a shared one, trust less."""
 
 from __future__ import annotations
 
 import os
+import statistics
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
+
+_PROBE_PERIOD_S = 0.25
+_PROBE_LOOPS = 3000
 
 
 class Interference:
@@ -41,6 +47,39 @@ class Interference:
             return sum(_run_delay_s(process) for process in self._processes)
         except (OSError, ValueError, IndexError):
             return None
+
+
+class SpeedProbe:
+    """Times the same small loop four times a second while it is entered, in a thread of its own.
+
+    In processor time, so that waiting for a core does not count: what differs between two
+    measurements is how fast the cores were, which neighbours on the same hardware decide, too.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def figures(self) -> dict[str, float]:
+        """`loop_us`: what the loop took, median."""
+        return {"loop_us": 1e6 * statistics.median(self._seconds)}
+
+    def _run(self) -> None:
+        while True:
+            started = time.thread_time()
+            sum(range(_PROBE_LOOPS))
+            self._seconds.append(time.thread_time() - started)
+            if self._over.wait(_PROBE_PERIOD_S):
+                return
 
 
 def processes_of_session(session: int) -> list[int]:

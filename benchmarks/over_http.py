@@ -12,7 +12,7 @@ from benchmarks.http_client import Sent, bench_serve
 from benchmarks.http_dataset import write_dataset
 from benchmarks.http_metrics import read_counters
 from benchmarks.http_server import Server, serving
-from benchmarks.machine import Interference, processes_of_session
+from benchmarks.machine import Interference, SpeedProbe, processes_of_session
 from benchmarks.meter import increase
 from benchmarks.metrics import preemption_figures
 from benchmarks.plan import Plan
@@ -59,8 +59,9 @@ def run_point(plan: Plan, folder: Path) -> RunResult:
             idle = alone.measured(sent.records)
         before = read_counters(server.base_url)
         interference = Interference(processes_of_session(server.session))
-        sent = bench.send(plan.requests, f"load-{plan.seed}")
-        shares = interference.figures()
+        with SpeedProbe() as probe:
+            sent = bench.send(plan.requests, f"load-{plan.seed}")
+        machine = {**interference.figures(), **probe.figures()}
         counters = increase(read_counters(server.base_url), before)
     return result_of(
         plan,
@@ -72,6 +73,6 @@ def run_point(plan: Plan, folder: Path) -> RunResult:
             # With these, the time to first token from sending, as the client prints it, follows.
             "client_late_mean_ms": 1000 * statistics.fmean(sent.late_s),
             "client_late_max_ms": 1000 * max(sent.late_s),
-            **shares,
+            **machine,
         },
     )

@@ -48,6 +48,7 @@ COST_COLUMNS: Columns = (
     ("CPU ms/step", "wall.cpu_step_ms"),
     ("waited for a core", "wall.run_delay_share"),
     ("machine short of cores", "wall.cpu_pressure_share"),
+    ("a fixed loop us", "wall.loop_us"),
     ("client late max ms", "wall.client_late_max_ms"),
 )
 TABLES: tuple[Columns, ...] = (LATENCY_COLUMNS, SLOWDOWN_COLUMNS, COST_COLUMNS)

@@ -23,7 +23,7 @@ class HostDemand:
     def __init__(self, scheduler: "FastServeScheduler") -> None:
         self._scheduler = scheduler
         self._kv = scheduler.kv_cache_manager
-        self._overlapping = scheduler.vllm_config.max_concurrent_batches > 1
+        self.overlapping = scheduler.vllm_config.max_concurrent_batches > 1
         config, lora = scheduler.scheduler_config, scheduler.lora_config
         self.decode_tokens = 1 + scheduler.num_spec_tokens
         self._most_tokens: int = scheduler.max_num_scheduled_tokens
@@ -66,9 +66,14 @@ class HostDemand:
             headroom_blocks=self._kv.watermark_blocks,
             free_slots=slots,
             max_adapters=self._max_adapters,
-            overlapping=self._overlapping,
+            overlapping=self.overlapping,
             admit_queued=scheduler._pause_state is PauseState.UNPAUSED and not self._must_drain(),
         )
+
+    def blocks_beside_decodes(self, jobs: int) -> int:
+        """Free blocks that a step of so many decodes leaves for certain; may be negative."""
+        wanted = jobs * self._block_bound + self._kv.watermark_blocks
+        return self._kv.block_pool.get_num_free_blocks() - wanted
 
     def token_budget(self) -> int:
         """Tokens of the next step: the engine's limit, or what the gap bound leaves of it."""

@@ -24,6 +24,7 @@ from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.make import base_quantum_s, make_policy, rebase
 from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.report import Reporter
+from fastserve_vllm.standing_plan import StandingPlan
 from fastserve_vllm.start_line import describe
 from fastserve_vllm.step_timer import StepTimer
 from fastserve_vllm.swap_moves import SwapMoves
@@ -99,6 +100,7 @@ class FastServeScheduler(AsyncScheduler):
         # The revision of the step times that the ladder and the token budget follow.
         self._followed = -1
         self._check_every = check_period_steps()
+        self._standing = StandingPlan(self)
         self.reporter = Reporter(self)
         self.timer.note = self.reporter.step
         connector.statistics = self.reporter.take
@@ -133,6 +135,10 @@ class FastServeScheduler(AsyncScheduler):
     def _plan(self, now_s: float) -> StepPlan:
         """Choose the step's batch and show it to vLLM; note how long that takes."""
         entered = time.perf_counter()
+        standing = self._standing.again()
+        if standing is not None:
+            self.reporter.seconds["plan"] += time.perf_counter() - entered
+            return standing
         self._observe(now_s)
         observed = time.perf_counter()
         plan = self.planner.plan(self.demand.limits(), now_s)
@@ -140,6 +146,7 @@ class FastServeScheduler(AsyncScheduler):
             self.reporter.planned(plan, now_s)
         planned = time.perf_counter()
         self._apply(plan)
+        self._standing.made(plan, now_s)
         seconds = self.reporter.seconds
         seconds["observe"] += observed - entered
         seconds["plan"] += planned - observed
@@ -177,7 +184,7 @@ class FastServeScheduler(AsyncScheduler):
         planner = self.planner
         if self.step_time.revision != self._followed:
             self._follow_step_times()
-        planner.observe(self.timer.take_s(), now_s)
+        planner.observe(self.timer.take_s(), now_s, self._standing.steps)
         for job in list(self._blocked):
             if self._handle_blocked_waiting_request(job.handle):
                 del self._blocked[job]
@@ -226,6 +233,8 @@ class FastServeScheduler(AsyncScheduler):
             for job in plan.batch:
                 if job.job_id not in scheduled and job.state is JobState.RUNNING:
                     self._missed(job, now_s)
+        if plan.single_tokens:
+            return
         decode_tokens = self.demand.decode_tokens
         for job in [job for job in plan.batch if job.next_tokens != decode_tokens]:
             request = job.handle

@@ -49,6 +49,7 @@ class StepTimer:
     Attributes:
         step_time: what was learned.
         note: told of every step when it is learned from.
+        uncharged_s: seconds of the steps that ended since `take_s`.
 
     Raises:
         ConfigError: the profile cannot be read.
@@ -58,10 +59,10 @@ class StepTimer:
         self.step_time = _step_time_model(config)
         self.note: Callable[[EndedStep], None] | None = None
         self._scheduled_at: deque[float] = deque()
-        # Shape, requests and seconds.
-        self._unlearned: list[tuple[StepShape, int, float]] = []
+        # With the seconds that each took.
+        self._unlearned: list[tuple[SchedulerOutput, float]] = []
         self._last_output_s = 0.0
-        self._uncharged_s = 0.0
+        self.uncharged_s = 0.0
         self._profile = config.save_step_time_profile if engine == 0 else None
         self._saved_s = float("-inf")
 
@@ -81,31 +82,26 @@ class StepTimer:
         # A clock that was set back gives nobody service back.
         step_s = max(now_s - max(scheduled_s, self._last_output_s), 0.0)
         self._last_output_s = now_s
-        self._uncharged_s += step_s
-        counts = list(output.num_scheduled_tokens.values())
-        decodes = counts.count(1)
-        shape = StepShape(
-            prefill_tokens=output.total_num_scheduled_tokens - decodes,
-            decodes=decodes,
-            context_tokens=sum(output.scheduled_cached_reqs.num_computed_tokens),
-        )
-        self._unlearned.append((shape, len(counts), step_s))
+        self.uncharged_s += step_s
+        self._unlearned.append((output, step_s))
         eager = self.step_time.observations < _EAGER_STEPS
         if eager or len(self._unlearned) >= _LEARN_STEPS:
             self.learn()
 
     def learn(self) -> None:
         """Learn from the steps that have ended since the last call."""
-        for shape, requests, step_s in self._unlearned:
+        for output, step_s in self._unlearned:
+            shape = _shape_of(output)
             if self.note is not None:
                 predicted_s = self.step_time.predict_s(shape)
+                requests = len(output.num_scheduled_tokens)
                 self.note(EndedStep(shape, requests, predicted_s, step_s))
             self.step_time.observe(shape, step_s)
         self._unlearned.clear()
 
     def take_s(self) -> float:
         """Seconds of the steps that ended since the last call: to be charged to those that ran."""
-        seconds, self._uncharged_s = self._uncharged_s, 0.0
+        seconds, self.uncharged_s = self.uncharged_s, 0.0
         return seconds
 
     def save_at_times(self, now_s: float) -> None:
@@ -119,6 +115,15 @@ class StepTimer:
         if self._profile is not None and self.step_time.min_decode_step_s is not None:
             save_profile(self.step_time, self._profile)
             self._saved_s = now_s
+
+
+def _shape_of(output: SchedulerOutput) -> StepShape:
+    decodes = list(output.num_scheduled_tokens.values()).count(1)
+    return StepShape(
+        prefill_tokens=output.total_num_scheduled_tokens - decodes,
+        decodes=decodes,
+        context_tokens=sum(output.scheduled_cached_reqs.num_computed_tokens),
+    )
 
 
 def _step_time_model(config: FastServeConfig) -> StepTimeModel:

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from operator import attrgetter
 from typing import Protocol
 
-from fastserve_vllm.policy.job import Job, JobState, OrderKey
+from fastserve_vllm.policy.job import Job, JobState, OrderKey, by_key
 from fastserve_vllm.policy.step_time import StepTimeModel
 
-_by_key = attrgetter("key")
 _LEAST_CHUNK = 128
 
 
@@ -258,7 +256,7 @@ class StepBudget:
         if blocks <= free and slots <= free_slots:
             return True
         if self._tail is None:
-            self._tail = sorted(self.residents(), key=_by_key)
+            self._tail = sorted(self.residents(), key=by_key)
         end = len(self._tail)
         taken: list[Job] = []
         while blocks > free or slots > free_slots:

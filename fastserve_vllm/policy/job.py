@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 
@@ -80,3 +81,7 @@ class Job:
     """Its live entry among the quantum expiries; likewise."""
     due: Any = field(default=None, repr=False)
     """Its live entry among the waiting jobs that may fall due; likewise."""
+
+
+by_key = attrgetter("key")
+"""Sorts jobs into the total order."""

@@ -1,19 +1,16 @@
 """Chooses each step's batch: the first jobs of the total order that the step has room for."""
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 
 from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.budget import Demand, StepLimits
-from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.job import Job, JobState, by_key
 from fastserve_vllm.policy.queues import reposition, withdraw
 from fastserve_vllm.policy.room import Room
 from fastserve_vllm.policy.roster import Roster
 from fastserve_vllm.policy.step_plan import StepCounters, StepPlan
 from fastserve_vllm.policy.swap import SwapDecision, SwapDemand, SwapPlanner, worth_copying
 from fastserve_vllm.policy.walk import Walk
-
-_by_key = attrgetter("key")
 
 
 class StepPlanner:
@@ -62,6 +59,11 @@ class StepPlanner:
     def running(self) -> tuple[Job, ...]:
         """The jobs of the last plan that still run."""
         return tuple(self._roster.running)
+
+    @property
+    def all_run(self) -> bool:
+        """Whether every live job is in the batch."""
+        return len(self._roster.running) == len(self._roster.jobs)
 
     @property
     def quiet_blocks(self) -> int | None:
@@ -195,7 +197,14 @@ class StepPlanner:
             left += [job for job in held if job.state is JobState.RUNNING]
             self._put_back(outside, now_s)
             self._start(joined)
-        plan = StepPlan(tuple(self._roster.running), tuple(joined), tuple(left), held=tuple(held))
+        batch = tuple(self._roster.running)
+        plan = StepPlan(
+            batch=batch,
+            started=tuple(joined),
+            paused=tuple(left),
+            held=tuple(held),
+            single_tokens=tokens == len(batch),
+        )
         return self._move_ahead(plan, limits, limits.free_blocks - blocks, now_s)
 
     def check_integrity(self) -> None:
@@ -230,7 +239,7 @@ class StepPlanner:
             gone = set(unready)
             joined = [job for job in joined if job not in gone]
             # There is room again, first of all for the displaced.
-            roster.running = sorted([*roster.running, *left], key=_by_key)
+            roster.running = sorted([*roster.running, *left], key=by_key)
             newest, left = roster.fill(limits.batch_limit, self.policy)
             joined += newest
         roster.send_back(held, self.policy)
@@ -263,7 +272,7 @@ class StepPlanner:
             now_s: the time.
         """
         self._roster.refresh(self.policy)
-        candidates.sort(key=_by_key)
+        candidates.sort(key=by_key)
         walk = Walk(self._roster, candidates, held, limits, self.demand)
         self.counters.decline(walk.budget.declined)
         plan = self._regroup(walk, now_s)

@@ -2,13 +2,10 @@
 
 from bisect import insort
 from collections.abc import Collection, Iterable
-from operator import attrgetter
 
 from fastserve_vllm.policy.base import Policy
-from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.job import Job, JobState, by_key
 from fastserve_vllm.policy.queues import ReadyQueue, withdraw
-
-_by_key = attrgetter("key")
 
 
 class Roster:
@@ -113,7 +110,7 @@ class Roster:
         for job in moved:
             running.remove(job)
         for job in moved:
-            insort(running, job, key=_by_key)
+            insort(running, job, key=by_key)
 
     def take_out(self, jobs: Iterable[Job]) -> None:
         """Take several jobs out of `running` at once."""
@@ -123,7 +120,7 @@ class Roster:
     def refresh(self, policy: Policy) -> None:
         """Bring the running jobs' places up to date."""
         if policy.refresh():
-            self.running.sort(key=_by_key)
+            self.running.sort(key=by_key)
 
     def fill(self, batch_limit: int, policy: Policy) -> tuple[list[Job], list[Job]]:
         """Make `running` the first `batch_limit` jobs of the order; no job's state changes yet.
@@ -146,7 +143,7 @@ class Roster:
                 break
             queue.pop()
             job.key = key
-            insort(running, job, key=_by_key)
+            insort(running, job, key=by_key)
             joined.append(job)
             if len(running) > batch_limit:
                 left.append(running.pop())

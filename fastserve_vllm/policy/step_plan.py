@@ -21,6 +21,7 @@ class StepPlan(NamedTuple):
         swapped_in: jobs whose KV cache is copied back likewise.
         saved: jobs that stay, and whose full blocks are copied to the host in advance.
         held: jobs left out because all that they have to compute is in flight: not preempted.
+        single_tokens: every job of the batch computes one token. False: some may compute more.
     """
 
     batch: tuple[Job, ...]
@@ -32,6 +33,7 @@ class StepPlan(NamedTuple):
     swapped_in: tuple[Job, ...] = ()
     saved: tuple[Job, ...] = ()
     held: tuple[Job, ...] = ()
+    single_tokens: bool = False
 
 
 @dataclass(slots=True)

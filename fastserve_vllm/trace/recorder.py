@@ -120,6 +120,7 @@ class RecordedPlanner(StepPlanner):
         self, step_s: float, now_s: float, steps: int = 1
     ) -> tuple[Sequence[Job], Sequence[Job]]:
         """As the planner's."""
+        self._step += steps - 1
         moved, raised = super().observe(step_s, now_s, steps)
         for job in dict.fromkeys(moved):
             down = job.level > self._levels.get(job, job.level)

@@ -14,7 +14,7 @@ def test_start_line(tiny_model):
     for words in (
         "policy fastserve",
         "6 levels",
-        "to 3 s",
+        "to 6 s",
         "quantum ratio 2",
         "batch limit 7",
     ):

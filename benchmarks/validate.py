@@ -86,14 +86,13 @@ def compare(experiment: Experiment, runs: Sequence[RunResult], fit: str) -> list
         fit: what step times are fitted to, of `fits_of`.
     """
     first = experiment.args.seeds[0]
+    from_first = fit == _FIRST_SEED
     rows = []
     for point in runs:
-        if point.load is None or point.rate_rps is None:
+        if point.load is None or point.rate_rps is None or (from_first and point.seed == first):
             continue
         fitted = [point]
-        if fit == _FIRST_SEED:
-            if point.seed == first:
-                continue
+        if from_first:
             fitted = [r for r in runs if r.system == point.system and r.seed == first and r.load]
         predicted = simulate(
             shape_of(experiment, fitted),

@@ -23,7 +23,7 @@ class HostDemand:
     def __init__(self, scheduler: "FastServeScheduler") -> None:
         self._scheduler = scheduler
         self._kv = scheduler.kv_cache_manager
-        self.overlapping = scheduler.vllm_config.max_concurrent_batches > 1
+        self._overlapping = scheduler.vllm_config.max_concurrent_batches > 1
         config, lora = scheduler.scheduler_config, scheduler.lora_config
         self.decode_tokens = 1 + scheduler.num_spec_tokens
         self._most_tokens: int = scheduler.max_num_scheduled_tokens
@@ -52,7 +52,7 @@ class HostDemand:
         sessions = scheduler.num_waiting_for_streaming_input
         slots = None
         if scheduler.use_v2_model_runner:
-            held = scheduler.planner.num_residents + sessions
+            held = scheduler.planner.roster.num_residents + sessions
             slots = scheduler.max_num_running_reqs - held
         return StepLimits(
             batch_limit=max(scheduler.max_num_active_reqs - sessions, 0),
@@ -66,14 +66,9 @@ class HostDemand:
             headroom_blocks=self._kv.watermark_blocks,
             free_slots=slots,
             max_adapters=self._max_adapters,
-            overlapping=self.overlapping,
+            overlapping=self._overlapping,
             admit_queued=scheduler._pause_state is PauseState.UNPAUSED and not self._must_drain(),
         )
-
-    def blocks_beside_decodes(self, jobs: int) -> int:
-        """Free blocks that a step of so many decodes leaves for certain; may be negative."""
-        wanted = jobs * self._block_bound + self._kv.watermark_blocks
-        return self._kv.block_pool.get_num_free_blocks() - wanted
 
     def token_budget(self) -> int:
         """Tokens of the next step: the engine's limit, or what the gap bound leaves of it."""

@@ -140,11 +140,11 @@ class Reporter:
 
     def _gauges(self) -> dict[str, Any]:
         planner, policy = self._planner, self._planner.policy
-        leaving, free = planner.leaving_blocks, self._blocks.get_num_free_blocks()
+        leaving, free = planner.roster.leaving_blocks, self._blocks.get_num_free_blocks()
         # One block stands for nothing and is never handed out.
         held = self._blocks.num_gpu_blocks - 1 - free - leaving
         gauges: dict[str, Any] = {
-            "jobs": {state.value: n for state, n in planner.state_counts().items()},
+            "jobs": {state.value: n for state, n in planner.roster.counts().items()},
             "batch_limit": self._batch_limit,
             "device_blocks": {"free": free, "held": held, "leaving": leaving},
         }

@@ -25,7 +25,7 @@ from fastserve_vllm.policy.make import base_quantum_s, make_policy, rebase
 from fastserve_vllm.policy.step_plan import StepPlan
 from fastserve_vllm.report import Reporter
 from fastserve_vllm.standing_plan import StandingPlan
-from fastserve_vllm.start_line import describe
+from fastserve_vllm.start_line import describe, warn_of_slots
 from fastserve_vllm.step_timer import StepTimer
 from fastserve_vllm.swap_moves import SwapMoves
 from fastserve_vllm.tracing import close_trace, make_planner
@@ -105,13 +105,7 @@ class FastServeScheduler(AsyncScheduler):
         self.timer.note = self.reporter.step
         connector.statistics = self.reporter.take
         logger.info("FastServe: %s", describe(self))
-        if self.use_v2_model_runner and self.max_num_active_reqs == self.max_num_running_reqs:
-            logger.warning(
-                "FastServe: the V2 model runner keeps one of --max-num-seqs %d slots for each "
-                "paused request, and the batch may take them all: preemption will recompute. Set "
-                "--max-num-active-seqs below --max-num-seqs to leave room for paused requests.",
-                self.max_num_running_reqs,
-            )
+        warn_of_slots(self, logger)
 
     # ---- one step -------------------------------------------------------------------------
 
@@ -141,12 +135,13 @@ class FastServeScheduler(AsyncScheduler):
             return standing
         self._observe(now_s)
         observed = time.perf_counter()
-        plan = self.planner.plan(self.demand.limits(), now_s)
+        limits = self.demand.limits()
+        plan = self.planner.plan(limits, now_s)
         if plan.started:
             self.reporter.planned(plan, now_s)
         planned = time.perf_counter()
         self._apply(plan)
-        self._standing.made(plan, now_s)
+        self._standing.made(plan, limits, now_s)
         seconds = self.reporter.seconds
         seconds["observe"] += observed - entered
         seconds["plan"] += planned - observed

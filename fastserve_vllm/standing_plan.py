@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
 
+from fastserve_vllm.policy.budget import StepLimits
 from fastserve_vllm.policy.step_plan import StepPlan
 
 if TYPE_CHECKING:
@@ -31,22 +32,24 @@ class StandingPlan:
         self._scheduler = scheduler
         self._plan: StepPlan | None = None
         self._calm_s = 0.0
-        self._revision = -1
+        self._overlapping = False
         self.steps = 1
 
-    def made(self, plan: StepPlan, now_s: float) -> None:
-        """A plan was made and shown to vLLM."""
-        scheduler, planner = self._scheduler, self._scheduler.planner
+    def made(self, plan: StepPlan, limits: StepLimits, now_s: float) -> None:
+        """A plan was made within these limits, and shown to vLLM."""
+        planner = self._scheduler.planner
         self.steps = 1
         self._plan = None
         quiet_blocks = planner.quiet_blocks
-        if not plan.single_tokens or plan.started or not planner.all_run or quiet_blocks is None:
+        settled = plan.single_tokens and not plan.started and planner.roster.all_run
+        if not settled or quiet_blocks is None:
             return
         # Nobody else takes any while the plan stands.
-        if scheduler.demand.blocks_beside_decodes(_MOST_STEPS * len(plan.batch)) >= quiet_blocks:
+        wanted = _MOST_STEPS * len(plan.batch) * limits.block_bound + limits.headroom_blocks
+        if limits.free_blocks - wanted >= quiet_blocks:
             self._plan = plan
             self._calm_s = planner.policy.calm_s(now_s)
-            self._revision = scheduler.step_time.revision
+            self._overlapping = limits.overlapping
 
     def again(self) -> StepPlan | None:
         """The plan, if it holds for one more step."""
@@ -57,14 +60,14 @@ class StandingPlan:
 
     def _holds(self, plan: StepPlan) -> bool:
         scheduler = self._scheduler
-        planner, demand = scheduler.planner, scheduler.demand
+        roster = scheduler.planner.roster
         return (
             self.steps < _MOST_STEPS
             # Whoever comes, leaves or stops running changes one of the two numbers.
-            and len(planner) == len(plan.batch)
-            and planner.all_run
+            and len(roster.jobs) == len(plan.batch)
+            and roster.all_run
             and scheduler.timer.uncharged_s < self._calm_s
-            and scheduler.step_time.revision == self._revision
+            and scheduler.step_time.revision == scheduler._followed
             and scheduler._pause_state is PauseState.UNPAUSED
-            and not (demand.overlapping and demand.unready(plan.batch))
+            and not (self._overlapping and scheduler.demand.unready(plan.batch))
         )

@@ -26,6 +26,9 @@ class StepPlanner:
         swap: the host's answers on KV swap; None: KV cache given up is computed again.
         device_blocks: blocks of the device, where KV cache moves ahead of need; None: only when a
             job that runs now needs the room, or its own KV cache.
+
+    Attributes:
+        roster: the live jobs by state, for those who look only.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class StepPlanner:
         self.demand = demand
         self.swap = swap
         self.counters = StepCounters.of(policy.num_levels)
-        self._roster = roster = Roster()
+        self.roster = roster = Roster()
         # Running jobs whose key changed since the last plan.
         self._moved: set[Job] = set()
         self._slots: int | None = None
@@ -48,66 +51,47 @@ class StepPlanner:
             self.ahead = SwapPlanner(policy, swap, device_blocks, roster.paused, roster.swapped)
 
     def __len__(self) -> int:
-        return len(self._roster.jobs)
+        return len(self.roster.jobs)
 
     @property
     def jobs(self) -> Iterable[Job]:
         """All live jobs."""
-        return self._roster.jobs.keys()
+        return self.roster.jobs.keys()
 
     @property
     def running(self) -> tuple[Job, ...]:
         """The jobs of the last plan that still run."""
-        return tuple(self._roster.running)
-
-    @property
-    def all_run(self) -> bool:
-        """Whether every live job is in the batch."""
-        return len(self._roster.running) == len(self._roster.jobs)
+        return tuple(self.roster.running)
 
     @property
     def quiet_blocks(self) -> int | None:
         """Idle device blocks beyond which no KV cache moves; None: some is moving or has to."""
-        roster = self._roster
+        roster = self.roster
         if len(roster.swapped) or roster.leaving or roster.coming:
             return None
         return 0 if self.ahead is None else self.ahead.most_reserved
 
-    @property
-    def num_residents(self) -> int:
-        """As `Roster.num_residents`."""
-        return self._roster.num_residents
-
-    @property
-    def leaving_blocks(self) -> int:
-        """Device blocks that come free when the copies to the host that are under way end."""
-        return self._roster.leaving_blocks
-
-    def state_counts(self) -> dict[JobState, int]:
-        """Live jobs by state, in constant time."""
-        return self._roster.counts()
-
     def add(self, job: Job, now_s: float) -> None:
         """A job arrives, able to run."""
-        self._roster.jobs[job] = None
+        self.roster.jobs[job] = None
         self._join(job, now_s)
 
     def add_blocked(self, job: Job) -> None:
         """A job arrives that cannot run yet; `unblock` lets it join."""
-        self._roster.jobs[job] = None
-        self._roster.block(job)
+        self.roster.jobs[job] = None
+        self.roster.block(job)
 
     def remove(self, job: Job) -> None:
         """A job finished or was aborted, in whatever state."""
         self._leave(job)
         self._moved.discard(job)
-        del self._roster.jobs[job]
+        del self.roster.jobs[job]
         self.counters.finished += 1
 
     def block(self, job: Job) -> None:
         """The job waits for something other than a turn."""
         self._leave(job)
-        self._roster.block(job)
+        self.roster.block(job)
 
     def unblock(self, job: Job, now_s: float) -> None:
         """What the job waited for has come: it joins as on arrival."""
@@ -125,7 +109,7 @@ class StepPlanner:
         self.counters.take_blocks(job, "spilled" if spilled else "recomputed", cause)
         if job.state is JobState.RUNNING:
             self.policy.stop(job, now_s)
-        self._roster.take(job)
+        self.roster.take(job)
         if spilled:
             self._spill(job)
         else:
@@ -133,24 +117,24 @@ class StepPlanner:
 
     def swapped_out(self, job: Job) -> None:
         """The job's KV cache is on the host and its device blocks are free."""
-        del self._roster.leaving[job]
+        del self.roster.leaving[job]
         self._spill(job)
 
     def stayed(self, job: Job) -> None:
         """The copy to the host failed; the job's KV cache is on the device still."""
-        del self._roster.leaving[job]
+        del self.roster.leaving[job]
         self._hold_paused(job)
 
     def swapped_in(self, job: Job) -> None:
         """The job's KV cache is on the device again."""
-        del self._roster.coming[job]
+        del self.roster.coming[job]
         job.unserved = True
         self._hold_paused(job)
 
     def missed(self, job: Job, now_s: float) -> None:
         """The host did not run a job of the plan's batch, which was resident before the plan."""
         if job.state is JobState.RUNNING:
-            self._roster.take(job)
+            self.roster.take(job)
             self._pause(job, now_s)
             self.counters.preempt("paused", "host")
 
@@ -179,17 +163,17 @@ class StepPlanner:
     def plan(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Choose the next step's batch and move the jobs to their new states."""
         if limits.free_slots is not None:
-            self._slots = limits.free_slots + self.num_residents
+            self._slots = limits.free_slots + self.roster.num_residents
         if self._moved:
-            self._roster.reorder(self._moved)
+            self.roster.reorder(self._moved)
             self._moved.clear()
         if not limits.admit_queued:
             return self._drain(limits, now_s)
         joined, left, held = self._take_ready(limits)
-        tokens, blocks = limits.bounds(self._roster.running, joined)
+        tokens, blocks = limits.bounds(self.roster.running, joined)
         if not limits.hold(tokens, blocks, joined):
-            self._roster.send_back(joined, self.policy)
-            return self._fit([*self._roster.running, *left], held, limits, now_s)
+            self.roster.send_back(joined, self.policy)
+            return self._fit([*self.roster.running, *left], held, limits, now_s)
         if joined or left or held:
             self.counters.pause(len(left))
             # First to run first: who has waited equally long is promoted in this order.
@@ -197,7 +181,7 @@ class StepPlanner:
             left += [job for job in held if job.state is JobState.RUNNING]
             self._put_back(outside, now_s)
             self._start(joined)
-        batch = tuple(self._roster.running)
+        batch = tuple(self.roster.running)
         plan = StepPlan(
             batch=batch,
             started=tuple(joined),
@@ -209,7 +193,7 @@ class StepPlanner:
 
     def check_integrity(self) -> None:
         """Law I1; raises as `Roster.check_integrity` does."""
-        self._roster.check_integrity()
+        self.roster.check_integrity()
 
     def _join(self, job: Job, now_s: float) -> None:
         self.policy.join(job, now_s)
@@ -220,7 +204,7 @@ class StepPlanner:
 
     def _leave(self, job: Job) -> None:
         if job.state is not JobState.BLOCKED:
-            self._roster.take(job)
+            self.roster.take(job)
             self.policy.leave(job)
 
     def _take_ready(self, limits: StepLimits) -> tuple[list[Job], list[Job], list[Job]]:
@@ -230,7 +214,7 @@ class StepPlanner:
             The jobs that joined them, the running ones that they displaced, and those held back
             because all that they have to compute is in flight.
         """
-        roster = self._roster
+        roster = self.roster
         held = self._hold_back(roster.running) if limits.overlapping else []
         joined, left = roster.fill(limits.batch_limit, self.policy)
         newest = joined
@@ -249,12 +233,12 @@ class StepPlanner:
         """Take those of the running jobs out that have nothing to compute, and return them."""
         unready = self.demand.unready(jobs)
         if unready:
-            self._roster.take_out(unready)
+            self.roster.take_out(unready)
         return unready
 
     def _drain(self, limits: StepLimits, now_s: float) -> StepPlan:
         """Nothing new may start: choose among the jobs that hold KV cache."""
-        roster = self._roster
+        roster = self.roster
         holders = [*roster.paused, *roster.loaded]
         for job in holders:
             withdraw(job)
@@ -271,9 +255,9 @@ class StepPlanner:
             limits: the room of the step.
             now_s: the time.
         """
-        self._roster.refresh(self.policy)
+        self.roster.refresh(self.policy)
         candidates.sort(key=by_key)
-        walk = Walk(self._roster, candidates, held, limits, self.demand)
+        walk = Walk(self.roster, candidates, held, limits, self.demand)
         self.counters.decline(walk.budget.declined)
         plan = self._regroup(walk, now_s)
         if not limits.admit_queued:
@@ -295,7 +279,7 @@ class StepPlanner:
         self.counters.pause(len(paused) - sum(job.state is JobState.RUNNING for job in held))
         started = [job for job in chosen if job.state is not JobState.RUNNING]
         self._put_back(left, now_s)
-        self._roster.running = chosen.copy()
+        self.roster.running = chosen.copy()
         self._start(started)
         if partial is not None:
             chosen.remove(partial)
@@ -318,7 +302,7 @@ class StepPlanner:
         self, plan: StepPlan, limits: StepLimits, idle_blocks: int, now_s: float
     ) -> StepPlan:
         """Move KV cache ahead of need: part of the plan's batch may have to leave."""
-        ahead, roster = self.ahead, self._roster
+        ahead, roster = self.ahead, self.roster
         if ahead is None or not ahead.follow(idle_blocks, limits.block_tokens):
             return plan
         room = Room(
@@ -344,12 +328,12 @@ class StepPlanner:
             self.counters.send_away(job, plan, "swapped_out")
             self._depart(job, now_s)
             # None is not possible: such a job does not leave.
-            self._roster.send_out(job, self.demand.freed_blocks(job) or 0)
+            self.roster.send_out(job, self.demand.freed_blocks(job) or 0)
         self.counters.swapped_out += len(decision.swapped_out)
         for job in decision.dropped:
             self.counters.send_away(job, plan, "recomputed")
             self._give_up(job, now_s, spilled=False)
-        self._roster.take_out(gone)
+        self.roster.take_out(gone)
         return plan._replace(
             batch=tuple(job for job in plan.batch if job not in gone),
             started=tuple(job for job in plan.started if job not in gone),
@@ -361,7 +345,7 @@ class StepPlanner:
     def _start(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self.policy.start(job)
-            self._roster.run(job)
+            self.roster.run(job)
             self.counters.started += 1
 
     def _put_back(self, jobs: Iterable[Job], now_s: float) -> None:
@@ -379,19 +363,19 @@ class StepPlanner:
         self._hold_paused(job)
 
     def _hold_paused(self, job: Job) -> None:
-        self._roster.pause(job)
+        self.roster.pause(job)
         if self.ahead is not None:
             self.ahead.paused(job)
 
     def _requeue(self, job: Job) -> None:
-        self._roster.queue(job, loaded=self.demand.holds_kv(job))
+        self.roster.queue(job, loaded=self.demand.holds_kv(job))
 
     def _spill(self, job: Job) -> None:
         """The KV cache is on the host: come back ahead of need, or else when the turn has come."""
         if self.ahead is None:
-            self._roster.queue(job)
+            self.roster.queue(job)
         else:
-            self._roster.swap(job)
+            self.roster.swap(job)
 
     def _give_up(self, job: Job, now_s: float, *, spilled: bool) -> None:
         self._depart(job, now_s)
@@ -401,7 +385,7 @@ class StepPlanner:
             self._spill(job)
         else:
             # The host still holds its KV cache, but not for long.
-            self._roster.queue(job)
+            self.roster.queue(job)
 
     def _depart(self, job: Job, now_s: float) -> None:
         """The job stops running or being ready."""

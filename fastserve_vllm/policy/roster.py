@@ -36,6 +36,11 @@ class Roster:
         self.coming: dict[Job, None] = {}
 
     @property
+    def all_run(self) -> bool:
+        """Whether every live job is in the batch."""
+        return len(self.running) == len(self.jobs)
+
+    @property
     def num_residents(self) -> int:
         """Jobs that have a place on the device, in the batch or not."""
         return len(self.running) + len(self.paused) + len(self.leaving) + len(self.coming)

@@ -41,7 +41,7 @@ class SimulatedReplica:
     @property
     def waiting(self) -> int:
         """Unfinished requests that have no place on the device."""
-        return self.unfinished - self.engine.planner.num_residents
+        return self.unfinished - self.engine.planner.roster.num_residents
 
     def take(self, request: Request) -> None:
         """A request arrives."""

@@ -266,7 +266,7 @@ class World:
                 self._check_service(jobs)
             before = {job: job.state for job in jobs}
             # The planner does so itself, but only where a place may be lost.
-            planner._roster.refresh(planner.policy)
+            planner.roster.refresh(planner.policy)
             expected = reference_plan(jobs, limits, self.scheduler.demand)
             plan = make(limits, now_s)
             self.tables["plans"] += 1

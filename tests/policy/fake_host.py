@@ -91,7 +91,7 @@ class FakeHost:
 
     def limits(self, planner: StepPlanner, **options: object) -> StepLimits:
         """The room of the next step; `options` are the limits that are not the device's."""
-        free_slots = None if self.slots is None else self.slots - planner.num_residents
+        free_slots = None if self.slots is None else self.slots - planner.roster.num_residents
         return StepLimits(
             free_blocks=self.free_blocks(planner),
             block_tokens=BLOCK_TOKENS,

@@ -248,7 +248,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def integrity(self):
         self.planner.check_integrity()
         self.policy.compare(self.now_s)
-        assert sum(self.planner.state_counts().values()) == len(self.planner)
+        assert sum(self.planner.roster.counts().values()) == len(self.planner)
         assert len(self.planner) == self.arrived - self.left
         self.host.check_integrity(self.planner)
         if self.mode == "proactive":
@@ -344,7 +344,7 @@ class PolicyMachine(RuleBasedStateMachine):
             adapters = {job.handle.adapter for job in plan.batch} - {0}
             assert len(adapters) <= limits.max_adapters
         if self.host.slots is not None:
-            assert self.planner.num_residents <= self.host.slots
+            assert self.planner.roster.num_residents <= self.host.slots
         if limits.overlapping:
             assert not set(plan.batch) & self.host.stalled
         if not limits.admit_queued:

@@ -328,7 +328,7 @@ class TestStates:
         urgent(stage, "z", prompt=18)
         stage.step(batch_limit=1)
         stage.add("q")
-        counts = stage.planner.state_counts
+        counts = stage.planner.roster.counts
         for _ in range(20):
             if counts()[state]:
                 break

@@ -648,4 +648,4 @@ def test_who_comes_back_needs_a_slot():
     stage.add("z", prompt=4, priority=-1)
     for _ in range(4):
         stage.step(batch_limit=2)
-        assert stage.planner.num_residents <= 2
+        assert stage.planner.roster.num_residents <= 2

@@ -35,7 +35,7 @@ def watch(engine):
     make = planner.plan
 
     def plan(limits, now_s):
-        planner._roster.refresh(planner.policy)
+        planner.roster.refresh(planner.policy)
         jobs = sorted(planner.jobs, key=lambda job: job.key)
         waits = {*scheduler.demand.unready(jobs)}
         pending = [j for j in jobs if j not in waits and j.state is not JobState.BLOCKED]

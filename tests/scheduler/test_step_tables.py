@@ -325,7 +325,7 @@ def test_residents_are_bounded_by_slots_on_the_v2_runner(make_engine):
     for i in range(8):
         engine.add(f"r{i}", 10, 20)
         steps(engine, 2)
-        assert engine.scheduler.planner.num_residents <= 3
+        assert engine.scheduler.planner.roster.num_residents <= 3
     engine.drain()
     assert {len(tokens) for tokens in engine.outputs.values()} == {20}
 

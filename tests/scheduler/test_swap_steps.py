@@ -152,7 +152,7 @@ def test_reset_prefix_cache_in_mid_swap(make_engine, running):
         if running:
             assert done
             assert free_blocks(engine) == 11
-            states = engine.scheduler.planner.state_counts()
+            states = engine.scheduler.planner.roster.counts()
             assert states[JobState.SWAPPED] == states[JobState.SWAPPING_IN] == 0
     drained(engine)
     assert [len(tokens) for tokens in engine.outputs.values()] == [200] * 4

@@ -100,10 +100,10 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model", type=Path, help="model folder (default: a seeded tiny model)")
     group.add_argument(
-        "--fastserve-config", type=_json_object, default={}, help="for FastServe systems, JSON"
+        "--fastserve-config", type=json_object, default={}, help="for FastServe systems, JSON"
     )
     group.add_argument(
-        "--engine-args", type=_json_object, default={}, help="further engine arguments, JSON"
+        "--engine-args", type=json_object, default={}, help="further engine arguments, JSON"
     )
 
 
@@ -150,7 +150,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.cli import json_object
 from benchmarks.engine import prepare_environment
 from benchmarks.manifest import write_output
 from benchmarks.model import model_folder
@@ -38,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sync-only", action="store_true")
     parser.add_argument("--warm-turns", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--fastserve-config", type=json_object, default={}, help="JSON")
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=None)
     return parser.parse_args(argv)
@@ -148,7 +150,7 @@ def _summary(name: str, seconds: list[float]) -> dict[str, float]:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case: stock and FastServe, synchronous and asynchronous, each queue length and seed."""
     modes = (False,) if args.sync_only else (False, True)
-    cases = [(system, async_) for async_ in modes for system in (None, {})]
+    cases = [(system, async_) for async_ in modes for system in (None, args.fastserve_config)]
     rows = []
     for fastserve, async_ in tqdm(cases, unit="case"):
         seeds = [measure(fastserve, async_, seed, args) for seed in args.seeds]

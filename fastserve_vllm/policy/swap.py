@@ -241,9 +241,12 @@ class SwapPlanner:
         first = self._swapped.first()
         if first is None or first in self._spilled:
             return None
+        first_s = self.enst_s(first)
+        if first_s <= 0.0:
+            return first
         for job in self.policy.next_promoted(_NEXT_PROMOTED):
             if job.state is JobState.SWAPPED and job not in coming and job not in self._spilled:
-                sooner = self.enst_s(job) < self.enst_s(first)
+                sooner = self.enst_s(job) < first_s
                 return job if sooner and job.priority <= first.priority else first
         return first
 

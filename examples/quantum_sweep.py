@@ -4,7 +4,7 @@
 
 Each row is a base quantum, in decode steps of a full batch. A short one tells answers apart sooner
 and preempts more often; a long one comes close to first come, first served. The engine learns its
-own (0.87 here) unless `base_quantum_s` is set.
+own (1.0 here) unless `base_quantum_s` is set.
 """
 
 import argparse

@@ -45,9 +45,9 @@ class FastServeConfig:
     imported in the engine's process."""
 
     base_quantum_s: float | None = Field(default=None, gt=0)
-    """Seconds of service in the highest level. None: the geometric mean of the shortest decode
-    step seen so far and one of a full batch; `paper`: the shortest (section 4.1). Either follows
-    the model and the machine by itself."""
+    """Seconds of service in the highest level. None: a decode step of a full batch, so a token of
+    each request; `paper`: the smallest decode step seen so far (section 4.1). Either follows the
+    model and the machine by itself."""
 
     objective: Objective = "balanced"
     """Where the waiting goes under overload (docs/objectives.md). `balanced`: the first token at
@@ -56,15 +56,15 @@ class FastServeConfig:
     `paper`: as published, for comparison. It sets the defaults of the seven fields that follow."""
 
     quantum_ratio: float | None = Field(default=None, gt=1)
-    """Quantum of a level over that of the level above it. None: 2."""
+    """Quantum of a level over that of the level above it. None: 2.1; `paper`: 2."""
 
     num_levels: int | None = Field(default=None, ge=1, le=64)
-    """Number of levels; the last has no quantum. None: 8, which tell answers apart up to 127
-    base quanta of service, some 80 to 110 tokens; `paper`: 64."""
+    """Number of levels; the last has no quantum. None: 7, which tell answers apart up to 77 base
+    quanta of service, about as many tokens; `paper`: 64."""
 
     service_weight: float | None = Field(default=None, ge=0)
     """Seconds of age that a second of attained service counts for in the last level; 0 is arrival
-    order. None: 45; `paper`: 0."""
+    order. None: 50; `paper`: 0."""
 
     ageing: AgeingRule | None = None
     """Who is raised after waiting. `relative`: it waits for `ageing_ratio` times the service it has

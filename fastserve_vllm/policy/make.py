@@ -1,6 +1,5 @@
 """Builds the policy that a configuration names."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -36,9 +35,9 @@ class Arrangement:
         turn_share: share of the batch places that turns may take at a time.
     """
 
-    num_levels: int = 8
-    quantum_ratio: float = 2.0
-    service_weight: float = 45.0
+    num_levels: int = 7
+    quantum_ratio: float = 2.1
+    service_weight: float = 50.0
     ageing: AgeingRule = "relative"
     ageing_ratio: float = 20.0
     starvation_limit_s: float = 6.0
@@ -101,18 +100,15 @@ def _chosen(value: T | None, default: T) -> T:
 def base_quantum_s(config: FastServeConfig, step_time: StepTimeModel, batch_limit: int) -> float:
     """Seconds of the highest level's quantum, as far as they are known.
 
-    The paper takes the smallest step (section 4.1). Where a full batch makes steps longer, the same
-    ladder then covers fewer tokens of an answer: normalized latency suffers. Quanta of a full
-    batch's step cover as many whatever the batch, and those who wait below them wait the longer:
-    end-to-end latency suffers. Between the two is their geometric mean.
+    A quantum of one is a token of each job of a full batch, so that the levels mean as many tokens
+    whatever the batch. The paper's arrangement takes the smallest step (section 4.1).
     """
     if config.base_quantum_s is not None:
         return config.base_quantum_s
-    alone_s = step_time.min_decode_step_s or step_time.predict_s(StepShape(0, 1))
+    alone_s = step_time.min_decode_step_s
     if config.objective == "paper":
-        return alone_s
-    full_s = max(step_time.predict_s(StepShape(0, batch_limit)), alone_s)
-    return math.sqrt(alone_s * full_s)
+        return alone_s or step_time.predict_s(StepShape(0, 1))
+    return max(step_time.predict_s(StepShape(0, batch_limit)), alone_s or 0.0)
 
 
 def rebase(

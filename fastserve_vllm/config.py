@@ -78,8 +78,7 @@ class FastServeConfig:
 
     starvation_limit_s: Annotated[float, Field(gt=0)] | Literal["off"] | None = None
     """Seconds a request may wait for its next turn at most, and `off` to let it wait for ever.
-    None: 6, or 1800 base quanta where steps are so slow that this is longer; `paper`: 0.3, from
-    section 4.1."""
+    None: 6; `paper`: 0.3, from section 4.1."""
 
     max_token_gap_s: float | None = Field(default=None, gt=0)
     """Bound of the gap between two tokens with relative ageing, seconds. A prompt is prefilled in

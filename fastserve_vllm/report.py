@@ -152,8 +152,8 @@ class Reporter:
             gauges["level_jobs"] = _by_level(policy.level_sizes)
             quanta = {str(level): s for level, s in enumerate(policy.ladder.quanta_s)}
             gauges["quantum_seconds"] = {level: s for level, s in quanta.items() if s < math.inf}
-            if policy.starvation_limit_s < math.inf:
-                gauges["starvation_limit_seconds"] = policy.starvation_limit_s
+            if policy.ageing is not None:
+                gauges["starvation_limit_seconds"] = policy.ageing.limit_s
             if policy.gap_s < math.inf:
                 gauges["token_gap_limit_seconds"] = policy.gap_s
         if planner.ahead is not None:

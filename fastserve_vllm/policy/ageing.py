@@ -30,10 +30,6 @@ class AbsoluteAgeing:
         """The shortest patience of any job."""
         return self.limit_s
 
-    def longest_s(self, base_quantum_s: float) -> float:
-        """The longest patience of any job."""
-        return self.limit_s
-
     def patience_s(self, job: Job, base_quantum_s: float, served_s: float) -> float:
         """Seconds that the job may wait."""
         return self.limit_s
@@ -47,14 +43,13 @@ class RelativeAgeing:
     for a step. To serve any other, KV cache has to move or to be computed, and that takes the
     longer the more service it has attained. So it waits for `ratio` times that service (ten
     times its first step where it has to be computed, if that is longer), but no longer than
-    the limit: its share of the work stays bounded from below, and the churn from above.
+    `limit_s`: its share of the work stays bounded from below, and the churn from above.
 
     Attributes:
         ratio: seconds of waiting for a second of service; 0: the gap bound for everybody.
         gap_s: bound of the gap between two tokens, as far as the load allows.
         gap_quanta: the same in base quanta; the longer of the two counts.
         limit_s: longest wait of anybody.
-        limit_quanta: the same in base quanta; the longer of the two counts.
         most_turns: turns at a time, of a priority class and those above it. Beyond that, turns
             come late, longest overdue first.
     """
@@ -64,16 +59,10 @@ class RelativeAgeing:
     limit_s: float
     most_turns: int
     gap_quanta: float = 0.0
-    limit_quanta: float = 0.0
 
     def first_due_s(self, base_quantum_s: float) -> float:
         """The shortest patience of any job: the gap bound."""
-        gap_s = max(self.gap_s, self.gap_quanta * base_quantum_s)
-        return min(gap_s, self.longest_s(base_quantum_s))
-
-    def longest_s(self, base_quantum_s: float) -> float:
-        """The longest patience of any job."""
-        return max(self.limit_s, self.limit_quanta * base_quantum_s)
+        return min(max(self.gap_s, self.gap_quanta * base_quantum_s), self.limit_s)
 
     def patience_s(self, job: Job, base_quantum_s: float, served_s: float) -> float:
         """Seconds that the job may wait, in the state it is in."""
@@ -83,7 +72,7 @@ class RelativeAgeing:
         wait_s = self.ratio * served_s
         if job.state is JobState.QUEUED:
             wait_s = max(wait_s, _RECOMPUTE_PATIENCE * job.first_step_s)
-        return min(max(wait_s, gap_s), self.longest_s(base_quantum_s))
+        return min(max(wait_s, gap_s), self.limit_s)
 
 
 Ageing = AbsoluteAgeing | RelativeAgeing

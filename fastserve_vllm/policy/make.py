@@ -25,8 +25,6 @@ T = TypeVar("T")
 _READING_GAP_S = 0.4
 # On an engine whose steps are slow, a gap shorter than this would leave no time for anything else.
 _GAP_QUANTA = 32.0
-# Likewise: a turn of who is on the host moves KV cache there and back, for the sake of one token.
-_LIMIT_QUANTA = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,6 @@ def make_ageing(config: FastServeConfig, batch_limit: int) -> Ageing | None:
         gap_s=_chosen(config.max_token_gap_s, _READING_GAP_S),
         gap_quanta=_GAP_QUANTA if config.max_token_gap_s is None else 0.0,
         limit_s=limit_s,
-        limit_quanta=_LIMIT_QUANTA if config.starvation_limit_s is None else 0.0,
         most_turns=max(int(preset.turn_share * batch_limit), 1),
     )
 
@@ -140,7 +137,7 @@ def describe(policy: Policy, config: FastServeConfig) -> str:
     elif isinstance(ageing, AbsoluteAgeing):
         rule = f"promotion after {ageing.limit_s:g} s"
     else:
-        rule = f"a turn after {policy.gap_s:.3g} to {policy.starvation_limit_s:.3g} s"
+        rule = f"a turn after {policy.gap_s:.3g} to {ageing.limit_s:g} s"
     return (
         f"objective {config.objective}, {ladder.num_levels} levels, quantum ratio "
         f"{ladder.ratio:g}, base quantum {base}, {rule}"

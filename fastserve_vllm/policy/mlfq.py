@@ -48,9 +48,12 @@ class SkipJoinMlfq:
         self.ageing = ageing
         self._set_ladder(ladder)
         self.service_weight = service_weight
-        self.skip_joins = self.demotions = self.promotions = 0
-        self.turns = self.late_turns = 0
+        self.demotions = 0
         self.level_demotions = [0] * ladder.num_levels
+        self.promotions = 0
+        self.turns = 0
+        self.late_turns = 0
+        self.skip_joins = 0
         self.level_sizes = [0] * ladder.num_levels
         self._service_s = 0.0
         # The reading of the service clock at which running jobs' keys are right.
@@ -74,11 +77,6 @@ class SkipJoinMlfq:
     def gap_s(self) -> float:
         """The bound that relative ageing sets to the gap between two tokens; else infinite."""
         return self._first_due_s if isinstance(self.ageing, RelativeAgeing) else math.inf
-
-    @property
-    def starvation_limit_s(self) -> float:
-        """The longest that anybody waits before falling due; infinite without ageing."""
-        return math.inf if self.ageing is None else self.ageing.longest_s(self.ladder.base_s)
 
     def overdue_s(self, now_s: float) -> float:
         """For how long the first job due has been; 0 where none is."""

@@ -64,7 +64,7 @@ EXPECTED = {
     "level_jobs": {"0": 0, "1": 0, "2": 0},
     "batch_limit": 2,
     "quantum_seconds": {"0": 0.01, "1": 0.02},
-    "starvation_limit_seconds": 18.0,  # 1800 base quanta
+    "starvation_limit_seconds": 6.0,
     "device_blocks": {"free": 4095, "held": 0, "leaving": 0},
     "longest_wait_seconds": {"0": 0.0, "1": 0.0, "2": 0.0},
 }

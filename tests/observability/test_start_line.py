@@ -8,8 +8,7 @@ from fastserve_vllm.testing import ModelFreeEngine, vllm_config
 
 def test_start_line(tiny_model):
     """Policy, ladder, batch limit, device and host blocks, swap mode."""
-    fastserve = {"swap_mode": "reactive", "num_levels": 6, "starvation_limit_s": 6}
-    config = vllm_config(tiny_model, fastserve, max_num_seqs=7)
+    config = vllm_config(tiny_model, {"swap_mode": "reactive", "num_levels": 6}, max_num_seqs=7)
     line = describe(ModelFreeEngine(config, num_blocks=99).scheduler)
     assert "\n" not in line
     for words in (

@@ -70,8 +70,7 @@ def naive_patience_s(ageing: Ageing, base_s: float, job: Job, served_s: float) -
         cost_s = ageing.ratio * served_s
     if job.state is JobState.QUEUED:
         cost_s = max(cost_s, 10 * job.first_step_s)
-    limit_s = max(ageing.limit_s, ageing.limit_quanta * base_s)
-    return sorted([min(gap_s, limit_s), cost_s, limit_s])[1]
+    return sorted([min(gap_s, ageing.limit_s), cost_s, ageing.limit_s])[1]
 
 
 class NaiveMlfq:
@@ -213,8 +212,7 @@ class NaiveMlfq:
             self._look_again(record, now_s + ageing.limit_s)
         elif ageing is not None and record.turn_s is None:
             gap_s = max(ageing.gap_s, ageing.gap_quanta * self.ladder.base_s)
-            limit_s = max(ageing.limit_s, ageing.limit_quanta * self.ladder.base_s)
-            self._look_again(record, now_s + min(gap_s, limit_s))
+            self._look_again(record, now_s + min(gap_s, ageing.limit_s))
 
     def _look_again(self, record: Record, due_s: float) -> None:
         self.looks += 1

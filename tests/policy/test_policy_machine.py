@@ -46,7 +46,6 @@ def random_ageing(dice: random.Random) -> Ageing | None:
         limit_s=limit_s,
         most_turns=dice.randint(1, 3),
         gap_quanta=dice.choice([0.0, 2.0]),
-        limit_quanta=dice.choice([0.0, 32.0]),
     )
     return dice.choice([None, AbsoluteAgeing(limit_s), relative, relative])
 

@@ -74,8 +74,7 @@ def test_every_choice_overrides_the_objective(objective):
     ageing = policy.ageing
     assert policy.ladder == QuantumLadder(0.01, 3.0, 5)
     assert (policy.service_weight, ageing.ratio) == (7.0, 2.0)
-    assert (ageing.limit_s, ageing.limit_quanta) == (9.0, 0.0)
-    assert (ageing.gap_s, ageing.gap_quanta) == (0.25, 0.0)
+    assert (ageing.limit_s, ageing.gap_s, ageing.gap_quanta) == (9.0, 0.25, 0.0)
     assert made(objective=objective, ageing="absolute", starvation_limit_s=2.0).ageing == (
         AbsoluteAgeing(2.0)
     )
@@ -95,16 +94,12 @@ def test_off_lets_wait_for_ever(objective, ageing):
     assert made(objective=objective, ageing=ageing, starvation_limit_s="off").ageing is None
 
 
-def test_gap_and_limit_follow_slow_steps_unless_they_are_configured():
-    """A gap of a few steps would leave no time for anything else, nor would constant copying."""
+def test_the_gap_follows_slow_steps_unless_it_is_configured():
+    """A gap of a few steps would leave no time for anything else."""
     policy = made()
-    short_s, limit_s = policy.gap_s, policy.starvation_limit_s
+    short_s = policy.gap_s
     policy.set_ladder(QuantumLadder(1.0, 2.0, policy.num_levels), [])
     assert short_s < policy.gap_s
-    assert limit_s < policy.starvation_limit_s
-    policy = made(starvation_limit_s=6.0)
-    policy.set_ladder(QuantumLadder(1.0, 2.0, policy.num_levels), [])
-    assert policy.starvation_limit_s == 6.0
     policy = made(max_token_gap_s=0.1)
     policy.set_ladder(QuantumLadder(1.0, 2.0, policy.num_levels), [])
     assert policy.gap_s == 0.1

@@ -1,19 +1,33 @@
 """Benchmarks that are run by hand work, on inputs that take seconds."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 from benchmarks import chat_identity, frontier, observability_overhead, scheduler_overhead
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def written(path):
     return json.loads(path.read_text())
 
 
+def test_deeper_model(tmp_path):
+    """The model of the benchmarks whose steps take longer."""
+    folder = tmp_path / "model"
+    command = [sys.executable, "scripts/tiny_model.py", str(folder), "--layers", "16"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert written(folder / "config.json")["num_hidden_layers"] == 16
+
+
 def test_scheduler_overhead(tiny_model, tmp_path):
-    """Both schedulers have a time a step."""
+    """Both schedulers have a time a step, FastServe's under any configuration."""
     out = tmp_path / "out.json"
     flags = ["--sync-only", "--batch", "4", "--queued", "8", "--steps", "50", "--seeds", "0"]
     flags += ["--warm-turns", "2", "--model", str(tiny_model), "--output", str(out)]
+    flags += ["--fastserve-config", '{"starvation_limit_s": "off"}']
     assert scheduler_overhead.main(flags) == 0
     assert written(out)
 

@@ -64,6 +64,7 @@ RUN_BY = {
     "python -m benchmarks.chat_identity": (
         "tests/benchmarks/test_benchmark_small.py::test_chat_identity"
     ),
+    "python scripts/tiny_model.py": "tests/benchmarks/test_benchmark_small.py::test_deeper_model",
     "python examples/offline_batch.py": "tests/e2e/test_examples.py::test_offline_batch",
     "python examples/online_client.py": "tests/e2e/test_examples.py::test_online_client",
     "python examples/async_engine.py": "tests/e2e/test_examples.py::test_async_engine",

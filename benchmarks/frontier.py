@@ -7,12 +7,14 @@
 Simulates the objectives and sweeps over single fields of the configuration, on the virtual clock,
 and draws two planes: token gap against end-to-end latency, normalized against end-to-end latency,
 all over those of first come, first served on the same requests. `--points DIR` adds what the real
-engine did, as measured by `benchmarks.run` on the same trace, load, batch and requests.
+engine did, as measured by `benchmarks.run` on the same trace, load, batch and requests, and says
+how far the simulator is off, and whether it ranks the measured systems as the engine does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -75,7 +77,15 @@ PATHS = {
     "TTFT P95, longest tenth of prompts": ("long_prompts_ttft_ms", "p95"),
 }
 # Names of the measured systems, as those of simulated arrangements.
-MEASURED = {"fastserve": "balanced", "fastserve-smooth": "smooth", "fastserve-paper": "paper"}
+MEASURED = {
+    "vllm-fcfs": FCFS,
+    "fastserve": "balanced",
+    "fastserve-smooth": "smooth",
+    "fastserve-paper": "paper",
+    "mlfq": "mlfq",
+}
+# Figures closer than this are a tie, in any order.
+_TIE = 0.01
 _BATCH_TOKENS, _BLOCK_TOKENS, _AMPLE_BLOCKS = 2048, 32, 1 << 20
 
 
@@ -230,6 +240,24 @@ def table(simulated: dict[str, dict[str, float]]) -> str:
     return tabulate(rows, headers=["", *titles], tablefmt="github", disable_numparse=True)
 
 
+def comparison(
+    simulated: dict[str, dict[str, float]], real: dict[str, dict[str, float]]
+) -> tuple[str, list[str]]:
+    """What was simulated over what was measured, as Markdown; and the pairs that are misranked."""
+    rows = []
+    for name, figures in real.items():
+        errors = {title: simulated[name][title] / figures[title] - 1 for title in figures}
+        rows.append([name, *(f"{errors[t]:+.1%}" if t in errors else "" for t in PATHS)])
+    misranked = []
+    for (one, first), (other, second) in itertools.combinations(real.items(), 2):
+        for title in [t for t in PATHS if t in first and t in second]:
+            apart = first[title] / second[title] - 1
+            predicted = simulated[one][title] / simulated[other][title] - 1
+            if abs(apart) > _TIE and apart * predicted <= 0:
+                misranked.append(f"{title}: {one} and {other}")
+    return tabulate(rows, headers=["simulated / measured", *PATHS], tablefmt="github"), misranked
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw; 2 for bad input."""
     args = parse_arguments(argv)
@@ -253,6 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {"manifest": manifest(config), "simulated": simulated, "measured": real}
     write_json(args.out / f"{stem}.json", document)
     print(table(simulated))
+    if real:
+        errors, misranked = comparison(simulated, real)
+        print(f"\n{errors}\n\nMisranked: {'; '.join(misranked) or 'none'}")
     return 0
 
 

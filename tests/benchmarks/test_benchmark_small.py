@@ -48,6 +48,15 @@ def test_frontier(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
+def test_frontier_says_whom_the_simulator_misranks():
+    """Not those between whom the engine sees no difference."""
+    real = {"a": {"e2e mean": 1.0}, "b": {"e2e mean": 1.005}, "c": {"e2e mean": 1.2}}
+    simulated = {"a": {"e2e mean": 1.1}, "b": {"e2e mean": 1.0}, "c": {"e2e mean": 1.05}}
+    errors, misranked = frontier.comparison(simulated, real)
+    assert "+10.0%" in errors
+    assert misranked == ["e2e mean: a and c"]
+
+
 def test_chat_identity(tiny_model, tmp_path):
     """All 64 answers are compared, and some of their requests were preempted."""
     out = tmp_path / "out.json"

@@ -151,6 +151,7 @@ def count(text: str) -> int:
 
 
 def json_object(text: str) -> dict[str, Any]:
+    """An argument's type; argparse reports what is not a JSON object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -242,6 +242,7 @@ class SwapPlanner:
         if first is None or first in self._spilled:
             return None
         first_s = self.enst_s(first)
+        # Nobody is promoted sooner than at once. So it is in most steps, which then need not ask.
         if first_s <= 0.0:
             return first
         for job in self.policy.next_promoted(_NEXT_PROMOTED):

@@ -92,6 +92,12 @@ class StepLimits:
             blocks += self.block_bound * (wanted // self.block_tokens + 1)
         return tokens, blocks
 
+    def blocks_for(self, batch: Iterable[Job], joined: Iterable[Job], demand: Demand) -> int:
+        """Blocks that the whole batch needs, those included that must stay free for a start."""
+        blocks = sum([demand.new_blocks(job) for job in batch])
+        starts = any(job.state is JobState.QUEUED for job in joined)
+        return blocks + (self.headroom_blocks if starts else 0)
+
     def hold(self, tokens: int, blocks: int, joined: Sequence[Job]) -> bool:
         """Whether a batch within these bounds fits for certain."""
         if self.max_adapters is not None:

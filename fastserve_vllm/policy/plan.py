@@ -146,13 +146,13 @@ class StepPlanner:
         Args:
             step_s: seconds that the last steps took.
             now_s: the time.
-            steps: how many there were, all with the same batch; only in a simulation more than one.
+            steps: how many there were, all with the same batch; more than one where nothing moved.
 
         Returns: running jobs whose place changed, and waiting ones that were raised.
         """
         self._moved.update(moved := self.policy.charge(step_s))
-        if steps > 1 and self.ahead is not None:
-            self.ahead.skip(steps - 1)
+        if self.ahead is not None:
+            self.ahead.ran(step_s, steps)
         raised = self.policy.promote_starved(now_s)
         for job in raised:
             reposition(job)
@@ -169,8 +169,16 @@ class StepPlanner:
             self._moved.clear()
         if not limits.admit_queued:
             return self._drain(limits, now_s)
+        if self.ahead is not None and not limits.overlapping:
+            for job in self.ahead.take_at_once(len(self.roster.running)):
+                self._requeue(job)
         joined, left, held = self._take_ready(limits)
         tokens, blocks = limits.bounds(self.roster.running, joined)
+        idle_blocks = limits.free_blocks - blocks
+        if idle_blocks < 0:
+            # Few who decode need a block in a step. Asking all is cheaper than walking the order.
+            blocks = limits.blocks_for(self.roster.running, joined, self.demand)
+            idle_blocks = limits.free_blocks - blocks - len(self.roster.running)
         if not limits.hold(tokens, blocks, joined):
             self.roster.send_back(joined, self.policy)
             return self._fit([*self.roster.running, *left], held, limits, now_s)
@@ -189,7 +197,7 @@ class StepPlanner:
             held=tuple(held),
             single_tokens=tokens == len(batch),
         )
-        return self._move_ahead(plan, limits, limits.free_blocks - blocks, now_s)
+        return self._move_ahead(plan, limits, idle_blocks, now_s)
 
     def check_integrity(self) -> None:
         """Law I1; raises as `Roster.check_integrity` does."""
@@ -372,10 +380,7 @@ class StepPlanner:
 
     def _spill(self, job: Job) -> None:
         """The KV cache is on the host: come back ahead of need, or else when the turn has come."""
-        if self.ahead is None:
-            self.roster.queue(job)
-        else:
-            self.roster.swap(job)
+        (self.roster.queue if self.ahead is None else self.roster.swap)(job)
 
     def _give_up(self, job: Job, now_s: float, *, spilled: bool) -> None:
         self._depart(job, now_s)

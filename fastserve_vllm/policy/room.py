@@ -51,6 +51,28 @@ class BurstReserve:
         self._peak = max(self._peak * self._decay, float(self._sum))
 
 
+class EventRate:
+    """How often something happens, in events a step, forgotten by half every `half_life` steps."""
+
+    def __init__(self, *, half_life: int = 64) -> None:
+        self._decay = 0.5 ** (1 / half_life)
+        self._new = 0
+        self.per_step = 0.0
+
+    def add(self, events: int = 1) -> None:
+        """So many happened since the last step was planned."""
+        self._new += events
+
+    def step(self) -> None:
+        """A step was planned."""
+        self.per_step += (self._new - self.per_step) * (1 - self._decay)
+        self._new = 0
+
+    def skip(self, steps: int) -> None:
+        """So many steps were planned in which nothing happened."""
+        self.per_step *= self._decay**steps
+
+
 @dataclass(slots=True)
 class Room:
     """What a step leaves of the device, for those who come back.

@@ -6,7 +6,7 @@ largest leaves first; who has the smallest comes back first. Jobs with equal ENS
 order, and a more urgent priority class goes before any ENST.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,12 +14,15 @@ from fastserve_vllm.policy.base import Policy
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.leavers import Leavers, Leaving
 from fastserve_vllm.policy.queues import ReadyQueue
-from fastserve_vllm.policy.room import BurstReserve, Room
+from fastserve_vllm.policy.room import BurstReserve, EventRate, Room
 
 # The waiting jobs that starvation prevention reaches next are worth having on the device; those
 # behind them wait for it longer than a copy takes, for promotions are rationed.
 _NEXT_PROMOTED = 4
 _MOST_RESERVED = 0.25
+# Who is brought back for good shall stay for so many steps, since in each exchange the blocks of
+# two jobs serve nobody for a step.
+_LEAST_STAY = 32
 
 
 class SwapDemand(Protocol):
@@ -88,6 +91,9 @@ class SwapPlanner:
         device_blocks: all blocks of the device.
         paused: the waiting jobs whose KV cache is on the device.
         swapped: the waiting jobs whose KV cache is on the host.
+
+    Attributes:
+        step_s: seconds that the last step took.
     """
 
     def __init__(
@@ -101,6 +107,9 @@ class SwapPlanner:
         self.policy = policy
         self.demand = demand
         self.reserve = BurstReserve()
+        # Turns of jobs on the host: each takes the room of whoever would run last.
+        self._turns = EventRate()
+        self.step_s = 0.0
         self.most_reserved = int(_MOST_RESERVED * device_blocks)
         self._paused = paused
         self._swapped = swapped
@@ -133,19 +142,39 @@ class SwapPlanner:
         arrived = sum([n // block_tokens + 1 for n in self._arrived]) if self._arrived else 0
         self._arrived.clear()
         self.reserve.step(arrived)
+        self._turns.step()
         if len(self._swapped) or idle_blocks < self.most_reserved:
             return True
         self._leavers.rest(1)
         return False
 
-    def skip(self, steps: int) -> None:
-        """So many steps were planned in which nobody arrived and nothing was to decide."""
-        self.reserve.skip(steps)
-        self._leavers.rest(steps)
+    def ran(self, step_s: float, steps: int) -> None:
+        """So many steps took `step_s` seconds; in all but the last nobody arrived or moved."""
+        if step_s:
+            self.step_s = step_s / steps
+        if steps > 1:
+            self.reserve.skip(steps - 1)
+            self._turns.skip(steps - 1)
+            self._leavers.rest(steps - 1)
 
     def paused(self, job: Job) -> None:
         """The job began to wait, or its place changed while it waits, on the device."""
         self._leavers.push(job)
+
+    def take_at_once(self, batch_size: int) -> Iterator[Job]:
+        """Take from the host who has a turn, if its KV cache is better copied in the very step.
+
+        Copied ahead of need, the blocks of who leaves and of who comes serve nobody for a step
+        each. Copied at once, the whole batch waits: for the job's KV cache, and for about as much.
+
+        Args:
+            batch_size: jobs that run at a time.
+        """
+        while (job := self._swapped.first()) is not None and job.turn_s is not None:
+            if batch_size * self.demand.in_s(job) >= self.step_s:
+                return
+            self._turns.add()
+            yield self._swapped.pop()
 
     def enst_s(self, job: Job) -> float:
         """Estimated seconds until the job is next scheduled, at the last decision.
@@ -194,15 +223,28 @@ class SwapPlanner:
         """Bring back who fits, the smallest ENST first.
 
         Returns:
-            The first one who does not fit, and the blocks that it needs; None: there is none.
+            The first one who does not fit, and the blocks that it needs; None: there is none, or
+            nobody is to be sent away for it.
         """
         while (job := self._first_back(decision.swapped_in)) is not None:
+            settles = self._would_stay(job)
+            if room.idle_blocks < 1 and not settles:
+                return None
             blocks = self.demand.new_blocks(job)
             if not room.take(blocks):
-                return job, blocks
+                return (job, blocks) if settles else None
+            self._turns.add(job.turn_s is not None)
             self._swapped.discard(job)
             decision.swapped_in.append(job)
         return None
+
+    def _would_stay(self, job: Job) -> bool:
+        """Whether somebody may be sent away for the job's sake.
+
+        Each turn of a job on the host takes the room of whoever would run last. Where the next one
+        comes soon, that is who had the last one: the job would bring its place back for nothing.
+        """
+        return job.turn_s is not None or self._turns.per_step * _LEAST_STAY < 1
 
     def _exchange(
         self, decision: SwapDecision, coming: Job, blocks: int, room: Room, leavers: Leaving
@@ -222,9 +264,7 @@ class SwapPlanner:
     def _save(self, decision: SwapDecision, room: Room, leavers: Leaving, reserved: int) -> None:
         """Copy in advance what would leave next, until the reserve is idle or as good as idle."""
         covered = room.idle_blocks + room.freeing_blocks
-        for job in leavers:
-            if covered >= reserved:
-                break
+        while covered < reserved and (job := next(leavers, None)) is not None:
             covered += self.demand.freed_blocks(job) or 0
             if self.demand.unsaved_blocks(job) and (
                 self.demand.in_s(job) < self.demand.recompute_s(job)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fuzz_engine import FuzzEngine
 from kv_contents import expected_answer
-from reference import reference_plan
+from reference import called_up, reference_plan
 from vllm.v1.core.sched.interface import PauseState
 
 from fastserve_vllm.policy.job import JobState
@@ -267,7 +267,9 @@ class World:
             before = {job: job.state for job in jobs}
             # The planner does so itself, but only where a place may be lost.
             planner.roster.refresh(planner.policy)
-            expected = reference_plan(jobs, limits, self.scheduler.demand)
+            step_s = 0.0 if planner.ahead is None else planner.ahead.step_s
+            with called_up(jobs, limits, self.scheduler.exchange, step_s):
+                expected = reference_plan(jobs, limits, self.scheduler.demand)
             plan = make(limits, now_s)
             self.tables["plans"] += 1
             gone = {*plan.swapped_out, *plan.recomputed} - set(expected.recomputed)

@@ -73,7 +73,7 @@ class FakeHost:
 
     def new_blocks(self, job: Job) -> int:
         self.calls += 1
-        return blocks_for(job.handle.num_tokens) - job.handle.blocks
+        return max(blocks_for(job.handle.num_tokens) - job.handle.blocks, 0)
 
     def freed_blocks(self, job: Job) -> int | None:
         self.calls += 1

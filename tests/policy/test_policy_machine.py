@@ -9,7 +9,7 @@ from fake_swap import MODES, MOVING, SwapHost, make_planner
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from reference import CheckedMlfq, ReferencePlan, reference_plan
+from reference import CheckedMlfq, ReferencePlan, called_up, reference_plan
 
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.budget import StepLimits, Verdict
@@ -100,7 +100,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.mode = mode
         self.host = SwapHost(blocks, slots, headroom, **host)
         self.planner = make_planner(self.policy, self.host, mode)
-        self.now_s = self.unobserved_s = 0.0
+        self.now_s = self.unobserved_s = self.step_s = 0.0
         self.arrived = self.left = 0
 
     # ---- what can happen ------------------------------------------------------------------
@@ -240,7 +240,7 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule()
     def observe(self):
         self.planner.observe(self.unobserved_s, self.now_s)
-        self.unobserved_s = 0.0
+        self.step_s, self.unobserved_s = self.unobserved_s or self.step_s, 0.0
 
     # ---- what must hold -------------------------------------------------------------------
 
@@ -273,7 +273,10 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy.refresh()
         self.keys = {job: job.key for job in self.planner.jobs}
         declined = sum(self.planner.counters.declined.values())
-        expected = reference_plan(self.planner.jobs, limits, self.host)
+        jobs = self.planner.jobs if self.mode == "proactive" else ()
+        with called_up(jobs, limits, self.host, self.step_s) as called:
+            expected = reference_plan(self.planner.jobs, limits, self.host)
+            states |= dict.fromkeys(called, JobState.QUEUED)
         plan = self.planner.plan(limits, self.now_s)
         declined -= sum(self.planner.counters.declined.values())
         self.check_expected(plan, expected)

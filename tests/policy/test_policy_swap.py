@@ -17,7 +17,7 @@ from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
 from fastserve_vllm.policy.queues import ReadyQueue
-from fastserve_vllm.policy.room import BurstReserve, Room
+from fastserve_vllm.policy.room import BurstReserve, EventRate, Room
 from fastserve_vllm.policy.swap import SwapDecision, SwapPlanner
 
 seeds = st.integers(0, 1 << 30)
@@ -160,6 +160,7 @@ class Device:
         self.stuck: set[Job] = set()
         self.full = False
         self.wanted = 1
+        self.copy_s = 0.0
 
     def new_blocks(self, job: Job) -> int:
         self.calls += 1
@@ -171,7 +172,7 @@ class Device:
 
     def out_s(self, job: Job) -> float:
         self.calls += 1
-        return 0.0
+        return self.copy_s
 
     in_s = out_s
 
@@ -531,6 +532,151 @@ class TestReserve:
         stage.add("d", prompt=80)
         stage.step()
         assert stage.planner.ahead.reserved_blocks == 21
+
+
+class TestAtOnce:
+    """Who has a turn on the host: its KV cache comes in the very step of it, if that is cheaper."""
+
+    def run(self, block_copy_s: float, **options: object) -> tuple[SwapStage, list[str]]:
+        """Three jobs of two blocks, room for two of them, steps of a second; the batches.
+
+        Of the first steps none: how often turns come is not known yet.
+        """
+        ageing = RelativeAgeing(ratio=0.0, gap_s=4.0, limit_s=9.0, most_turns=1)
+        stage = SwapStage(
+            SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4), ageing=ageing),
+            num_blocks=5,
+            host_blocks=100,
+            copy_steps=1,
+            block_copy_s=block_copy_s,
+            token_s=100.0,
+        )
+        for name in "abc":
+            stage.add(name, prompt=6)
+        batches = []
+        for _ in range(200):
+            for job in stage.planner.jobs:
+                # Nobody grows.
+                if job.handle.generated > 1:
+                    job.handle.generated -= 1
+                    job.handle.computed -= 1
+            batches.append(stage.step(**options))
+            stage.spend(1.0)
+        return stage, batches[50:]
+
+    def test_cheap_copies_leave_no_place_empty(self):
+        """A quarter of a second for a job's blocks: two run in every step."""
+        stage, batches = self.run(block_copy_s=0.125)
+        assert all(len(batch.split()) == 2 for batch in batches)
+        assert stage.planner.policy.turns > 10
+        assert stage.planner.counters.spilled > 10
+
+    def test_dear_copies_are_made_ahead(self):
+        """Two seconds for a job's blocks: they are copied beside steps, with one place empty."""
+        stage, batches = self.run(block_copy_s=1.0)
+        assert any(len(batch.split()) == 1 for batch in batches)
+        assert stage.planner.counters.swapped_in > 10
+
+    def test_where_steps_overlap_they_are_made_ahead(self):
+        """The blocks of who runs cannot be taken while a step is in flight that writes them."""
+        stage, batches = self.run(block_copy_s=0.125, overlapping=True)
+        assert any(len(batch.split()) == 1 for batch in batches)
+        assert stage.planner.counters.swapped_in > 10
+
+    def test_the_whole_batch_waits_for_it(self):
+        """Four who run and wait for half a second lose as much as two places for a step."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0), ageing=RelativeAgeing(0.0, 1.0, 9.0, 1))
+        device = Device()
+        device.copy_s = 0.5
+        swap, _, swapped = make_swap(policy, device)
+        job = wait(join_at(policy, 0), JobState.SWAPPED)
+        swapped.push(job)
+        swap.ran(2.0, 1)
+        assert list(swap.take_at_once(1)) == [], "it has no turn"
+        swapped.discard(job)
+        policy.promote_starved(50.0)
+        swapped.push(job)
+        assert list(swap.take_at_once(4)) == []
+        assert len(swapped) == 1
+        swap.ran(4.2, 2)
+        assert list(swap.take_at_once(4)) == [job]
+        assert list(swap.take_at_once(4)) == [], "nobody is there"
+
+
+class TestStaying:
+    """Nobody is sent away for who would be sent away again by the next turn."""
+
+    def swap(self):
+        """Somebody on the host who stands before the second of two who run, and no room."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0, 2.0, 4))
+        swap, _, swapped = make_swap(policy)
+        first, last = join_at(policy, 0), join_at(policy, 3)
+        for job in (first, last):
+            wait(job, JobState.RUNNING)
+            policy.start(job)
+        job = wait(join_at(policy, 1), JobState.SWAPPED)
+        swapped.push(job)
+        return swap, (first, last), job
+
+    def test_it_is_brought_back_where_no_turns_come(self):
+        swap, running, _ = self.swap()
+        assert swap.decide(running, Room(0), 1.0).swapped_out == [running[1]]
+
+    def test_it_waits_where_turns_come_often(self):
+        """One in 16 steps; once they have stopped for long, it comes back."""
+        swap, running, job = self.swap()
+        for _ in range(100):
+            for turns in (1, *[0] * 15):
+                swap._turns.add(turns)
+                swap.follow(0, 16)
+        assert swap.decide(running, Room(0), 1.0) == SwapDecision()
+        idle = Room(swap.demand.new_blocks(job))
+        assert swap.decide(running, idle, 1.0).swapped_in == [job], "room that is idle costs nobody"
+        swap, running, _ = self.swap()
+        swap._turns.per_step = 1 / 16
+        swap.ran(0.0, 65)
+        assert swap.decide(running, Room(0), 1.0).swapped_out == [running[1]]
+
+    def test_turns_are_counted(self):
+        """Those that are taken at once, and those that come back ahead."""
+        policy = SkipJoinMlfq(QuantumLadder(1.0), ageing=RelativeAgeing(0.0, 1.0, 9.0, 2))
+        swap, _, swapped = make_swap(policy)
+        jobs = [wait(join_at(policy, 0), JobState.SWAPPED) for _ in range(2)]
+        assert policy.promote_starved(50.0) == jobs
+        for job in jobs:
+            swapped.push(job)
+        swap.ran(1.0, 1)
+        assert next(swap.take_at_once(0)) is jobs[0]
+        swap.follow(0, 16)
+        after_one = swap._turns.per_step
+        assert swap.decide((), Room(1000), 50.0).swapped_in == [jobs[1]]
+        swap.follow(0, 16)
+        assert 0 < after_one < swap._turns.per_step
+
+
+class TestEventRate:
+    def test_it_follows_what_happens(self):
+        """One event in four steps; half of it is forgotten in 64 steps without any."""
+        rate = EventRate(half_life=64)
+        for _ in range(400):
+            rate.add()
+            for _ in range(4):
+                rate.step()
+        assert rate.per_step == pytest.approx(0.25, rel=0.05)
+        before = rate.per_step
+        rate.skip(64)
+        assert rate.per_step == pytest.approx(before / 2)
+
+    def test_skipping_is_stepping(self):
+        """Steps in which nothing happened, one by one or at once."""
+        one, other = EventRate(), EventRate()
+        for rate in (one, other):
+            rate.add(3)
+            rate.step()
+        for _ in range(10):
+            one.step()
+        other.skip(10)
+        assert one.per_step == pytest.approx(other.per_step)
 
 
 class Shuttle:

@@ -9,6 +9,9 @@ from fastserve_vllm.policy.job import Job, JobState, OrderKey, by_key
 from fastserve_vllm.policy.step_time import StepTimeModel
 
 _LEAST_CHUNK = 128
+# Steps of growth that are kept free of who comes back: they would leave at once. Twice as many would
+# leave another twentieth of a small device idle.
+_GROWTH_STEPS = 16
 
 
 class Demand(Protocol):
@@ -97,6 +100,10 @@ class StepLimits:
         blocks = sum([demand.new_blocks(job) for job in batch])
         starts = any(job.state is JobState.QUEUED for job in joined)
         return blocks + (self.headroom_blocks if starts else 0)
+
+    def growth(self, batch_size: int) -> int:
+        """Blocks that so many decodes ask for in the next steps: not for who is brought back."""
+        return batch_size * self.decode_tokens * _GROWTH_STEPS // self.block_tokens
 
     def hold(self, tokens: int, blocks: int, joined: Sequence[Job]) -> bool:
         """Whether a batch within these bounds fits for certain."""

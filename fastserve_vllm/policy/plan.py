@@ -178,7 +178,7 @@ class StepPlanner:
         if idle_blocks < 0:
             # Few who decode need a block in a step. Asking all is cheaper than walking the order.
             blocks = limits.blocks_for(self.roster.running, joined, self.demand)
-            idle_blocks = limits.free_blocks - blocks - len(self.roster.running)
+            idle_blocks = limits.free_blocks - blocks - limits.growth(len(self.roster.running))
         if not limits.hold(tokens, blocks, joined):
             self.roster.send_back(joined, self.policy)
             return self._fit([*self.roster.running, *left], held, limits, now_s)
@@ -270,8 +270,7 @@ class StepPlanner:
         plan = self._regroup(walk, now_s)
         if not limits.admit_queued:
             return plan
-        # The growth of the batch comes first: about a block each until it is demoted.
-        idle_blocks = walk.budget.blocks_left - len(plan.batch)
+        idle_blocks = walk.budget.blocks_left - limits.growth(len(plan.batch))
         return self._move_ahead(plan, limits, idle_blocks, now_s)
 
     def _regroup(self, walk: Walk, now_s: float) -> StepPlan:

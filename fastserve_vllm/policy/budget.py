@@ -9,7 +9,7 @@ from fastserve_vllm.policy.job import Job, JobState, OrderKey, by_key
 from fastserve_vllm.policy.step_time import StepTimeModel
 
 _LEAST_CHUNK = 128
-# Steps of growth that are kept free of who comes back: they would leave at once. Twice as many would
+# Steps of growth that are kept free of who comes back, who would leave at once. Twice as many would
 # leave another twentieth of a small device idle.
 _GROWTH_STEPS = 16
 
@@ -102,8 +102,9 @@ class StepLimits:
         return blocks + (self.headroom_blocks if starts else 0)
 
     def growth(self, batch_size: int) -> int:
-        """Blocks that so many decodes ask for in the next steps: not for who is brought back."""
-        return batch_size * self.decode_tokens * _GROWTH_STEPS // self.block_tokens
+        """Blocks that so many decodes ask for soon, one each at most; nobody is brought back there."""
+        tokens = min(self.decode_tokens * _GROWTH_STEPS, self.block_tokens)
+        return batch_size * tokens // self.block_tokens
 
     def hold(self, tokens: int, blocks: int, joined: Sequence[Job]) -> bool:
         """Whether a batch within these bounds fits for certain."""

@@ -174,6 +174,7 @@ class StepPlanner:
                 self._requeue(job)
         joined, left, held = self._take_ready(limits)
         tokens, blocks = limits.bounds(self.roster.running, joined)
+        # The bound has a block of growth for everybody.
         idle_blocks = limits.free_blocks - blocks
         if idle_blocks < 0:
             # Few who decode need a block in a step. Asking all is cheaper than walking the order.

@@ -13,6 +13,7 @@ from reference import by_key, naive_enst_s, naive_execute_s, naive_patience_s
 
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.base import Fcfs, FixedPriority
+from fastserve_vllm.policy.budget import StepLimits
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -601,6 +602,27 @@ class TestAtOnce:
         swap.ran(4.2, 2)
         assert list(swap.take_at_once(4)) == [job]
         assert list(swap.take_at_once(4)) == [], "nobody is there"
+
+
+class TestGrowth:
+    def test_who_comes_back_leaves_room_for_growth(self):
+        """Four who run: two blocks of 32 tokens in the next 16 steps; a block each at most."""
+        assert StepLimits(8, 512, block_tokens=32).growth(4) == 2
+        assert StepLimits(8, 512, block_tokens=16).growth(4) == 4
+        assert StepLimits(8, 512, block_tokens=4).growth(4) == 4
+        assert StepLimits(8, 512, block_tokens=64, decode_tokens=3).growth(4) == 3
+
+    @pytest.mark.parametrize(("idle_blocks", "comes"), [(2, False), (3, True)])
+    def test_it_comes_back_to_what_is_left(self, idle_blocks, comes):
+        """A job of two blocks, beside one that runs and grows by one."""
+        stage = SwapStage(num_blocks=2 + idle_blocks, host_blocks=10, copy_steps=1, token_s=10.0)
+        stage.add("a", prompt=7)
+        back = stage.add("b", prompt=7)
+        stage.step()
+        stage.host.leave(back)
+        stage.planner.evict(back, 0.0, spilled=True)
+        stage.step()
+        assert (back in stage.plan.swapped_in) == comes
 
 
 class TestStaying:

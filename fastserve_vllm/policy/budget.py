@@ -102,7 +102,7 @@ class StepLimits:
         return blocks + (self.headroom_blocks if starts else 0)
 
     def growth(self, batch_size: int) -> int:
-        """Blocks that so many decodes ask for soon, one each at most; nobody is brought back there."""
+        """Blocks that so many decodes ask for soon, one each at most: no room to come back to."""
         tokens = min(self.decode_tokens * _GROWTH_STEPS, self.block_tokens)
         return batch_size * tokens // self.block_tokens
 

@@ -104,6 +104,8 @@ def server_processes(server):
     """The server's main process, by the port that it was given."""
     port = server.url.rpartition(":")[2]
     mine = psutil.Process().children(recursive=True)
+    # Another test's server may have left a dead child behind, which has no command line.
+    mine = [p for p in mine if p.status() != psutil.STATUS_ZOMBIE]
     return [p for p in mine if port in p.cmdline() and "serve" in p.cmdline()]
 
 

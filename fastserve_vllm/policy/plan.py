@@ -176,7 +176,7 @@ class StepPlanner:
         tokens, blocks = limits.bounds(self.roster.running, joined)
         # The bound has a block of growth for everybody.
         idle_blocks = limits.free_blocks - blocks
-        if idle_blocks < 0:
+        if idle_blocks < 0 and limits.hold(tokens, 0, joined):
             # Few who decode need a block in a step. Asking all is cheaper than walking the order.
             blocks = limits.blocks_for(self.roster.running, joined, self.demand)
             idle_blocks = limits.free_blocks - blocks - limits.growth(len(self.roster.running))

@@ -535,6 +535,14 @@ class TestReserve:
         assert stage.planner.ahead.reserved_blocks == 21
 
 
+def give_back(stage: SwapStage, *, beyond: int, tokens: int) -> None:
+    """Nobody grows for ever: who has generated more than that many gives some tokens back."""
+    for job in stage.planner.jobs:
+        if job.handle.generated > beyond:
+            job.handle.generated -= tokens
+            job.handle.computed -= tokens
+
+
 class TestAtOnce:
     """Who has a turn on the host: its KV cache comes in the very step of it, if that is cheaper."""
 
@@ -556,11 +564,7 @@ class TestAtOnce:
             stage.add(name, prompt=6)
         batches = []
         for _ in range(200):
-            for job in stage.planner.jobs:
-                # Nobody grows.
-                if job.handle.generated > 1:
-                    job.handle.generated -= 1
-                    job.handle.computed -= 1
+            give_back(stage, beyond=1, tokens=1)
             batches.append(stage.step(**options))
             stage.spend(1.0)
         return stage, batches[50:]
@@ -734,12 +738,7 @@ class Shuttle:
             self.step()
 
     def step(self) -> None:
-        jobs = list(self.stage.planner.jobs)
-        for job in jobs:
-            # Nobody grows for ever.
-            if job.handle.generated > 8:
-                job.handle.generated -= 4
-                job.handle.computed -= 4
+        give_back(self.stage, beyond=8, tokens=4)
         self.stage.step(batch_limit=self.batch_limit)
         self.stage.spend(1.0)
         plan = self.stage.plan

@@ -17,12 +17,14 @@ from benchmarks.workload import Request, TraceRow
 if TYPE_CHECKING:
     from vllm import LLM
 
-# No network, no usage reports; one thread, because two make a small step's time swing widely.
+# No network, no usage reports; one thread, because two make a small step's time swing widely; huge
+# pages for KV cache, as scripts/cpu_env.sh says.
 SMALL_MACHINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 # The scheduler has to be in the process that owns the clock.
 _IN_PROCESS_ENVIRONMENT = {

@@ -1,6 +1,6 @@
 """Greedy tokens under KV swap against stock vLLM with ample KV cache, in every way to run it.
 
-    python tests/exactness.py MODEL [--requests 2000] [--only proactive]
+    python tests/exactness.py MODEL [--requests 2000] [--only proactive] [--jobs 2]
 
 The device has KV blocks for about a fifth of what 64 requests want. Blocks are poisoned before they
 are filled from the host, so that no missing copy can pass.
@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from subprocess_generate import generate
@@ -102,30 +103,44 @@ def faults(case, result, expected):
     return ", ".join(found)
 
 
+def reference_of(case):
+    """The runner whose tokens, under stock vLLM, are the case's."""
+    # One worker's tokens do not depend on whether its steps overlap.
+    return "sync" if case.runner == "async" else case.runner
+
+
+def report(case, result, expected, seconds):
+    """What became of a case, in a line, and whether something is wrong with it."""
+    fault = faults(case, result, expected)
+    names = ("swapped_out", "spilled", "saved", "swapped_in", "blocks_in", "recomputed")
+    moved = ", ".join(f"{name} {result[name]}" for name in names if name in result)
+    return f"{case}: {fault or 'identical'} ({moved}; {seconds:.0f} s)", bool(fault)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     args = parser.parse_args()
     cases = [case for case in CASES if args.only in str(case)]
     print(f"{args.requests} requests, {DEVICE_BLOCKS - 1} device blocks")
-    references, bad = {}, 0
-    for case in tqdm(cases, unit="case"):
-        # One worker's tokens do not depend on whether its steps overlap.
-        runner = "sync" if case.runner == "async" else case.runner
-        if runner not in references:
-            references[runner] = stock(args.model, args.requests, runner)
-            tokens = sum(map(len, references[runner]))
-            tqdm.write(f"stock vLLM, {runner}: {tokens} tokens")
+    references = {}
+    for runner in dict.fromkeys(map(reference_of, cases)):
+        references[runner] = stock(args.model, args.requests, runner)
+        print(f"stock vLLM, {runner}: {sum(map(len, references[runner]))} tokens")
+
+    def measured(case):
         started = time.monotonic()
         result = run(args.model, case, args.requests)
-        fault = faults(case, result, references[runner])
-        bad += bool(fault)
-        names = ("swapped_out", "spilled", "saved", "swapped_in", "blocks_in", "recomputed")
-        moved = ", ".join(f"{name} {result[name]}" for name in names if name in result)
-        seconds = time.monotonic() - started
-        tqdm.write(f"{case}: {fault or 'identical'} ({moved}; {seconds:.0f} s)")
+        return report(case, result, references[reference_of(case)], time.monotonic() - started)
+
+    bad = 0
+    with ThreadPoolExecutor(args.jobs) as threads:
+        for line, wrong in tqdm(threads.map(measured, cases), total=len(cases), unit="case"):
+            tqdm.write(line)
+            bad += wrong
     return int(bad > 0)
 
 

@@ -3,7 +3,7 @@
 # make demo     the same burst of requests on stock vLLM and on FastServe: a table and a plot
 # make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
 # make distributed  every way to run on two workers, over HTTP: docs/distributed.md (half an hour)
-# make exact    greedy tokens under KV swap in every way to run the engine (an hour or more)
+# make exact    greedy tokens under KV swap in every way to run the engine (three hours on two cores)
 # make host-tests  vLLM's own scheduler tests on FastServe's scheduler, fetched by pip (half an hour)
 # make fuzz     random events on the scheduler: STEPS=0 until interrupted, SEED=n from there on
 # make soak     a server under mixed traffic: MINUTES=10

@@ -25,6 +25,8 @@ TINY_MODEL := .models/tiny-llama
 MODEL ?= $(DEFAULT_MODEL)
 ARGS ?=
 SCHEDULER_ARGS ?= --scheduler fastserve
+# Tests at a time; 0: one, in pytest's own process.
+TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 EXACT_ARGS ?=
 DISTRIBUTED_ARGS ?=
@@ -64,12 +66,12 @@ bench: dev-env
 
 test: dev-env
 	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
-	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) -m pytest $(PYTEST_ARGS)
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-033
 
 test-033: dev-env vllm-033
 	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 PYTHONPATH='$(CURDIR)/$(VLLM_033)/overlay' \
-	  $(RUN) -m pytest -m host_versions $(PYTEST_ARGS)
+	  $(RUN) -m pytest -n $(TEST_JOBS) -m host_versions $(PYTEST_ARGS)
 
 exact: dev-env
 	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null

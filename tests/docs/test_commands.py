@@ -53,6 +53,7 @@ RUN_BY = {
     "python -m benchmarks.fit_workload": "tests/benchmarks/test_benchmark_fit.py",
     "python -m benchmarks.gpu": "tests/benchmarks/test_benchmark_gpu.py",
     "python -m benchmarks.frontier": "tests/benchmarks/test_benchmark_small.py::test_frontier",
+    "python -m benchmarks.slower_steps": "tests/benchmarks/test_benchmark_slower_steps.py",
     "python -m benchmarks.sustained": "tests/benchmarks/test_benchmark_sustained.py",
     "python -m benchmarks.validate": "tests/benchmarks/test_benchmark_validate.py",
     "python -m benchmarks.scheduler_overhead": (

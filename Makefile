@@ -1,5 +1,5 @@
 # make serve    an OpenAI-compatible server scheduled by FastServe, on this machine's CPU
-# make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33
+# make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33: TEST_JOBS=2 at a time
 # make demo     the same burst of requests on stock vLLM and on FastServe: a table and a plot
 # make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
 # make distributed  every way to run on two workers, over HTTP: docs/distributed.md (half an hour)

@@ -1,5 +1,5 @@
 # make serve    an OpenAI-compatible server scheduled by FastServe, on this machine's CPU
-# make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33: TEST_JOBS=2 at a time
+# make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33 (TEST_JOBS=2: two at a time)
 # make demo     the same burst of requests on stock vLLM and on FastServe: a table and a plot
 # make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
 # make distributed  every way to run on two workers, over HTTP: docs/distributed.md (half an hour)
@@ -25,8 +25,8 @@ TINY_MODEL := .models/tiny-llama
 MODEL ?= $(DEFAULT_MODEL)
 ARGS ?=
 SCHEDULER_ARGS ?= --scheduler fastserve
-# Tests at a time; 0: one, in pytest's own process.
-TEST_JOBS ?= 2
+# Tests at a time; 0: one, in pytest's own process, which disturbs no other.
+TEST_JOBS ?= 0
 PYTEST_ARGS ?=
 EXACT_ARGS ?=
 DISTRIBUTED_ARGS ?=

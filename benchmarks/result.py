@@ -65,7 +65,12 @@ def result_of(
 
 def value_of(run: RunResult, path: str) -> float | None:
     """Read one number of a point by its dotted path; None where the point has no such thing."""
-    value: Any = {**run.figures, "wall": run.wall, "counters": run.counters}
+    return figure_at({**run.figures, "wall": run.wall, "counters": run.counters}, path)
+
+
+def figure_at(figures: Mapping[str, Any], path: str) -> float | None:
+    """Read one number of nested figures likewise."""
+    value: Any = figures
     for key in path.split("."):
         value = value.get(key) if value is not None else None
     return None if value is None else float(value)

@@ -14,65 +14,49 @@ import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.alone import VIRTUAL
-from benchmarks.cli import Experiment, experiment_of, parse_arguments
-from benchmarks.errors import InputError
+from benchmarks.cli import Experiment
 from benchmarks.figures.search import search
-from benchmarks.manifest import manifest, write_json
+from benchmarks.simulated import Bench, Rows, configurations, run_bench
 from benchmarks.systems import BASELINE
-from benchmarks.validate import configuration_of, shape_of
-from benchmarks.workload import all_present
 from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.simulator.run import simulate
 
 TARGET_STEPS = 10
 
 
-class Bench:
-    """Simulates one seed's requests on one engine."""
-
-    def __init__(self, experiment: Experiment, seed: int) -> None:
-        self._experiment = experiment
-        self._seed = seed
-        self._shape = shape_of(experiment, ())
-        baseline = configuration_of(BASELINE, experiment)
-        present = simulate(self._shape, baseline, all_present(experiment.workloads[seed]))
-        self.capacity_rps: float = present["requests_per_s"]
-
-    def load(self, config: FastServeConfig) -> float | None:
-        """The load at which the system just keeps to the target; None: outside of the search."""
-        return search(partial(self._excess, config))
-
-    def _excess(self, config: FastServeConfig, load: float) -> float:
-        requests = self._experiment.arriving(self._seed, load * self.capacity_rps)
-        figures = simulate(self._shape, config, requests)
-        limit_ms = 1000 * TARGET_STEPS * VIRTUAL.token_s
-        return float(figures["normalized_ms"]["mean"]) / limit_ms
+def sustained_load(bench: Bench, config: FastServeConfig) -> float | None:
+    """The load at which the system just keeps to the target; None: outside of the search."""
+    return search(partial(_excess, bench, config))
 
 
-def measure(experiment: Experiment) -> list[dict[str, Any]]:
+def _excess(bench: Bench, config: FastServeConfig, load: float) -> float:
+    figures = simulate(bench.shape, config, bench.requests(load))
+    limit_ms = 1000 * TARGET_STEPS * VIRTUAL.token_s
+    return float(figures["normalized_ms"]["mean"]) / limit_ms
+
+
+def measure(experiment: Experiment) -> Rows:
     """By system: the loads of the seeds, and each over the baseline's of that seed."""
-    names = [BASELINE, *(s.name for s in experiment.systems if s.name != BASELINE)]
-    configs = {name: configuration_of(name, experiment) for name in names}
-    loads: dict[str, list[float | None]] = {name: [] for name in names}
+    configs = configurations(experiment)
+    loads: dict[str, list[float | None]] = {name: [] for name in configs}
     for seed in tqdm(experiment.args.seeds, unit="seed"):
         bench = Bench(experiment, seed)
         for name, config in configs.items():
-            loads[name].append(bench.load(config))
+            loads[name].append(sustained_load(bench, config))
     rows = []
-    for name in names:
+    for name in configs:
         pairs = zip(loads[name], loads[BASELINE], strict=True)
         ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
         rows.append({"system": name, "loads": loads[name], "over_baseline": ratios})
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     """Medians over seeds, with their range."""
     cells = []
     for row in rows:
@@ -90,17 +74,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the document; 2 for bad input."""
-    args = parse_arguments(argv)
-    try:
-        experiment = experiment_of(args)
-        rows = measure(experiment)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    print(table(rows))
-    document = {"manifest": manifest(experiment.config), "systems": rows}
-    write_json(args.out / "sustained.json", document)
-    return 0
+    return run_bench(argv, "sustained.json", measure, table)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from benchmarks.cli import Experiment, experiment_of, parse_arguments
 from benchmarks.errors import InputError
 from benchmarks.manifest import manifest, write_json
-from benchmarks.result import RunResult, value_of
+from benchmarks.result import RunResult, figure_at, value_of
 from benchmarks.run import run
 from benchmarks.step_fit import coefficients
 from benchmarks.systems import BASELINE, system_named
@@ -102,7 +102,7 @@ def compare(experiment: Experiment, runs: Sequence[RunResult], fit: str) -> list
         row: dict[str, Any] = {"fit": fit, "system": point.system}
         row |= {"load": point.load, "seed": point.seed}
         for path in PATHS:
-            measured, simulated = value_of(point, path), _at(predicted, path)
+            measured, simulated = value_of(point, path), figure_at(predicted, path)
             if measured and simulated is not None:
                 row[path] = {
                     "predicted": simulated,
@@ -131,13 +131,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(f"{predicted:.3g} / {measured:.3g} ({error:+.1%})")
         lines.append([f"{load:g}", system, *cells])
     return tabulate(lines, headers=["load", "system", *PATHS], tablefmt="github")
-
-
-def _at(figures: Mapping[str, Any], path: str) -> float | None:
-    value: Any = figures
-    for key in path.split("."):
-        value = value.get(key) if value is not None else None
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

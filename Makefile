@@ -1,5 +1,5 @@
 # make serve    an OpenAI-compatible server scheduled by FastServe, on this machine's CPU
-# make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33 (TEST_JOBS=2: two at a time)
+# make test     every test on vLLM 0.32, then those that must hold on both versions on 0.33
 # make demo     the same burst of requests on stock vLLM and on FastServe: a table and a plot
 # make bench    systems over loads, and the swap modes where KV cache is short: a report (minutes)
 # make distributed  every way to run on two workers, over HTTP: docs/distributed.md (half an hour)
@@ -25,8 +25,6 @@ TINY_MODEL := .models/tiny-llama
 MODEL ?= $(DEFAULT_MODEL)
 ARGS ?=
 SCHEDULER_ARGS ?= --scheduler fastserve
-# Tests at a time; 0: one, in pytest's own process, which disturbs no other.
-TEST_JOBS ?= 0
 PYTEST_ARGS ?=
 EXACT_ARGS ?=
 DISTRIBUTED_ARGS ?=
@@ -66,12 +64,12 @@ bench: dev-env
 
 test: dev-env
 	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null
-	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 $(RUN) -m pytest $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-033
 
 test-033: dev-env vllm-033
 	. scripts/cpu_env.sh; HF_HUB_OFFLINE=1 PYTHONPATH='$(CURDIR)/$(VLLM_033)/overlay' \
-	  $(RUN) -m pytest -n $(TEST_JOBS) -m host_versions $(PYTEST_ARGS)
+	  $(RUN) -m pytest -m host_versions $(PYTEST_ARGS)
 
 exact: dev-env
 	@$(RUN) scripts/tiny_model.py $(TINY_MODEL) >/dev/null

@@ -42,6 +42,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--http runs on the wall's clock")
     if args.jobs > 1 and (args.http or args.clock == "wall"):
         parser.error("--jobs: points on the wall's clock run one at a time")
+    if args.side_by_side and (not args.http or args.all_at_once):
+        parser.error("--side-by-side is for --http with --loads")
     if args.all_at_once and args.loads:
         parser.error("--all-at-once and --loads exclude each other")
     args.clock = "wall" if args.http else args.clock or "virtual"
@@ -111,6 +113,11 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is measured")
     group.add_argument("--clock", choices=("virtual", "wall"), help="default: virtual")
     group.add_argument("--http", action="store_true", help="vllm serve and vllm bench serve")
+    group.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="--http: the systems of a load at the same time, a share of the cores each",
+    )
     group.add_argument(
         "--copy-ratio",
         type=_positive,
@@ -237,6 +244,8 @@ def _config(args: argparse.Namespace, shape: EngineShape, demand: int) -> dict[s
     return {
         "clock": args.clock,
         "http": args.http,
+        # Left out elsewhere: what was measured before this choice stays comparable.
+        **({"side_by_side": True} if args.side_by_side else {}),
         "regime": args.regime,
         "trace": {"built_in": args.workload} if args.workload else fingerprint(args.trace),
         "scale": {"prompts": args.scale_prompts, "outputs": args.scale_outputs},

@@ -3,13 +3,15 @@
     python -m benchmarks.run --trace sharegpt.csv --systems vllm-fcfs fastserve --out results/slots
     python -m benchmarks.run --trace sharegpt.csv --regime idle --clock wall --out results/idle
     python -m benchmarks.run --trace sharegpt.csv --loads 1.2 --http --out results/http
+    python -m benchmarks.run --trace sharegpt.csv --loads 1.2 --http --side-by-side --out results/two
     python -m benchmarks.run --trace sharegpt.csv --all-at-once --clock wall --out results/at-once
 
 Each point (a system at a load with a seed) runs in processes of its own and becomes one JSON file;
 points that are there already, measured in the same way, are not measured again. For each seed the
 baseline comes first, with all requests present at the start: its request rate is the capacity
 that loads refer to. Then, load by load, every system is measured, in an order that rotates from
-seed to seed, so that a machine that grows slower or faster favours none of them.
+seed to seed, so that a machine that grows slower or faster favours none of them. Side by side, the
+systems of a load run at the same time, on a share of the cores each, which rotates likewise.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +31,7 @@ from benchmarks.errors import InputError
 from benchmarks.plan import Plan
 from benchmarks.processes import each_in_fresh_process
 from benchmarks.result import RunResult
+from benchmarks.side_by_side import core_shares, each_side_by_side
 from benchmarks.store import Store
 from benchmarks.systems import BASELINE, System, system_named
 from benchmarks.tables import output_check, printed
@@ -45,10 +49,23 @@ class Points:
     folder: Path
     progress: tqdm
 
+    def capacity(self, plan: Plan) -> RunResult:
+        """The result of a baseline; side by side, of the first of as many as there are systems."""
+        run = self._found(plan)
+        if run is None:
+            beside = len(self.experiment.systems) if self.experiment.args.side_by_side else 1
+            run, *_ = self._each([plan] * beside)
+            self.store.save(run)
+        self.progress.update()
+        return run
+
     def measure(self, plans: Sequence[Plan]) -> list[RunResult]:
         """The plans' results, in order."""
         found = {self._key(plan): self._found(plan) for plan in plans}
         missing = [plan for plan in plans if found[self._key(plan)] is None]
+        if missing and self.experiment.args.side_by_side:
+            # What ran beside another one is measured again beside it.
+            missing = list(plans)
         self.progress.update(len(plans) - len(missing))
         for plan, run in zip(missing, self._each(missing), strict=True):
             self.store.save(run)
@@ -64,11 +81,20 @@ class Points:
 
     def _each(self, plans: Sequence[Plan]) -> Iterator[RunResult]:
         args = self.experiment.args
+        if args.side_by_side and plans:
+            return iter(each_side_by_side(self._over_http_in, list(enumerate(plans))))
         if args.http:
             return (over_http.run_point(plan, self.folder) for plan in plans)
         # On the wall's clock a process owes nothing to another one.
         virtual = args.clock == "virtual"
         return each_in_fresh_process(in_process.run_point, plans, args.jobs, preloaded=virtual)
+
+    def _over_http_in(self, numbered: tuple[int, Plan]) -> RunResult:
+        """Measure one of several at the same time, with files of its own."""
+        number, plan = numbered
+        folder = self.folder / f"share{number}"
+        folder.mkdir(exist_ok=True)
+        return over_http.run_point(plan, folder)
 
     @staticmethod
     def _key(plan: Plan) -> tuple[str, float | None, int]:
@@ -112,15 +138,19 @@ def measure(experiment: Experiment, points: Points) -> list[RunResult]:
     runs = []
     for turn, seed in enumerate(experiment.args.seeds):
         baseline = plan_of(experiment, system_named(BASELINE), None, seed)
-        (capacity,) = points.measure([baseline])
+        capacity = points.capacity(baseline)
         runs.append(capacity)
-        plans = [
-            plan_of(experiment, system, load, seed, capacity)
+        by_load = [
+            [
+                plan_of(experiment, system, load, seed, capacity)
+                for system in rotated(experiment.systems, turn)
+                if load is not None or system.name != BASELINE
+            ]
             for load in experiment.args.loads
-            for system in rotated(experiment.systems, turn)
-            if load is not None or system.name != BASELINE
         ]
-        runs += points.measure(plans)
+        together = by_load if experiment.args.side_by_side else [list(chain(*by_load))]
+        for plans in together:
+            runs += points.measure(plans)
     return runs
 
 
@@ -143,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         experiment = experiment_of(args)
+        if args.side_by_side:
+            core_shares(len(experiment.systems))
         with tempfile.TemporaryDirectory() as scratch:
             runs = run(experiment, args.logs or Path(scratch))
     except InputError as error:

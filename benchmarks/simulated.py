@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.cli import Experiment, experiment_of, parse_arguments
@@ -13,18 +14,32 @@ from benchmarks.systems import BASELINE
 from benchmarks.validate import configuration_of, shape_of
 from benchmarks.workload import Request, all_present
 from fastserve_vllm.config import FastServeConfig
+from fastserve_vllm.policy.step_time import StepTimeModel
 from fastserve_vllm.simulator.run import simulate
+from fastserve_vllm.simulator.shape import EngineShape
 
 Rows = list[dict[str, Any]]
 
 
-class Bench:
-    """One seed's requests on one engine, and the capacity that loads refer to."""
+def stretched(shape: EngineShape, factor: float) -> EngineShape:
+    """The same engine with all steps longer by a factor."""
+    seconds = [s * factor for s in shape.step_time.coefficients]
+    return replace(shape, step_time=StepTimeModel(seconds, pinned=True))
 
-    def __init__(self, experiment: Experiment, seed: int) -> None:
+
+class Bench:
+    """One seed's requests on one engine, and the capacity that loads refer to.
+
+    Args:
+        experiment: what is measured.
+        seed: of the requests.
+        stretch: how many times as long as on the virtual clock the engine's steps are.
+    """
+
+    def __init__(self, experiment: Experiment, seed: int, stretch: float = 1.0) -> None:
         self._experiment = experiment
         self._seed = seed
-        self.shape = shape_of(experiment, ())
+        self.shape = stretched(shape_of(experiment, ()), stretch)
         baseline = configuration_of(BASELINE, experiment)
         present = simulate(self.shape, baseline, all_present(experiment.workloads[seed]))
         self.capacity_rps: float = present["requests_per_s"]
@@ -40,6 +55,12 @@ def configurations(experiment: Experiment) -> dict[str, FastServeConfig]:
     return {name: configuration_of(name, experiment) for name in names}
 
 
+def _simulated(experiment: Experiment) -> Experiment:
+    if experiment.clock == "wall":
+        raise InputError("--clock, --http: this bench simulates, on the virtual clock only")
+    return experiment
+
+
 def run_bench(
     argv: Sequence[str] | None,
     file_name: str,
@@ -49,7 +70,7 @@ def run_bench(
     """Take the arguments of `benchmarks.run`, print the table, write the rows; 2 for bad input."""
     args = parse_arguments(argv)
     try:
-        experiment = experiment_of(args)
+        experiment = _simulated(experiment_of(args))
         rows = measure(experiment)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

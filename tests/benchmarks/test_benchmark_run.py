@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 
 import pytest
 
@@ -115,6 +117,71 @@ def test_points_are_whole(trace, tmp_path, tiny_model, measured, capsys):
     assert report.main([str(out), "--baseline", "mlfq"]) == 2
 
 
+@pytest.fixture
+def beside(monkeypatch):
+    """Stands in for measuring over HTTP: ends once two points run; collects who ran on which cores.
+
+    A process's own cores are those of its main thread, which no point changes.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    met, seen = threading.Barrier(2, timeout=20), []
+
+    def point(plan, folder):
+        met.wait()
+        seen.append((plan.load, plan.system.name, os.sched_getaffinity(0), folder))
+        figures = {"requests_per_s": 10.0, "normalized_ms": {"mean": 2.0}}
+        name, digests = plan.system.name, {"000000": "01234567"}
+        return RunResult(
+            name, plan.load, plan.seed, plan.rate_rps, figures, "digest", digests, alone=VIRTUAL
+        )
+
+    monkeypatch.setattr(run.over_http, "run_point", point)
+    return seen
+
+
+def test_side_by_side(trace, tmp_path, tiny_model, beside):
+    """Systems run at the same time on cores of their own, and take turns with them."""
+    own = os.sched_getaffinity(0)
+    more = ("--http", "--side-by-side", "--loads", "0.5", "--seeds", "0", "1")
+    assert run.main(command(trace, tmp_path, tiny_model, *more)) == 0
+    pairs = [beside[i : i + 2] for i in range(0, len(beside), 2)]
+    for (_, _, cores, folder), (_, _, others, another) in pairs:
+        assert cores
+        assert others
+        assert not cores & others
+        assert folder != another
+    # The baseline beside itself is the capacity, then come the two systems, for each seed.
+    stock, ours = "vllm-fcfs", "fastserve"
+    expected = [(None, {stock}), (0.5, {stock, ours})] * 2
+    assert [(pair[0][0], {name for _, name, *_ in pair}) for pair in pairs] == expected
+    first, second = ({name: cores for _, name, cores, _ in pairs[i]} for i in (1, 3))
+    assert (first[stock], first[ours]) == (second[ours], second[stock])
+    assert os.sched_getaffinity(0) == own
+
+
+def test_side_by_side_is_measured_whole(trace, tmp_path, tiny_model, beside):
+    """Of a pair of which one point is missing, both are measured again."""
+    words = command(trace, tmp_path, tiny_model, "--http", "--side-by-side", "--loads", "1")
+    words += ["--seeds", "0"]
+    assert run.main(words) == 0
+    (tmp_path / "out" / "fastserve_load1_seed0.json").unlink()
+    del beside[:]
+    assert run.main(words) == 0
+    assert sorted(name for _, name, *_ in beside) == ["fastserve", "vllm-fcfs"]
+    del beside[:]
+    assert run.main(words) == 0
+    assert beside == []
+
+
+def test_side_by_side_wants_a_core_for_each(trace, tmp_path, tiny_model, monkeypatch, capsys):
+    """It says how many there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    more = ("--http", "--side-by-side", "--loads", "1")
+    assert run.main(command(trace, tmp_path, tiny_model, *more)) == 2
+    assert "2 systems need as many cores, got 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -124,6 +191,8 @@ def test_points_are_whole(trace, tmp_path, tiny_model, measured, capsys):
         (["--clock", "virtual", "--http"], "wall"),
         (["--clock", "wall", "--jobs", "2"], "one at a time"),
         (["--loads", "1", "--all-at-once"], "exclude each other"),
+        (["--loads", "1", "--side-by-side"], "--http with --loads"),
+        (["--all-at-once", "--http", "--side-by-side"], "--http with --loads"),
         (["--engine-args", "[1]"], "a JSON object"),
     ],
 )

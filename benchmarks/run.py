@@ -3,7 +3,7 @@
     python -m benchmarks.run --trace sharegpt.csv --systems vllm-fcfs fastserve --out results/slots
     python -m benchmarks.run --trace sharegpt.csv --regime idle --clock wall --out results/idle
     python -m benchmarks.run --trace sharegpt.csv --loads 1.2 --http --out results/http
-    python -m benchmarks.run --trace sharegpt.csv --loads 1.2 --http --side-by-side --out results/two
+    python -m benchmarks.run --trace sharegpt.csv --loads 1.2 --http --side-by-side --out results/2
     python -m benchmarks.run --trace sharegpt.csv --all-at-once --clock wall --out results/at-once
 
 Each point (a system at a load with a seed) runs in processes of its own and becomes one JSON file;

@@ -126,6 +126,7 @@ SYSTEMS: dict[str, System] = {
             fastserve={"policy": "fcfs"},
             oracle="policy",
         ),
+        System("vllm-fcfs-again", "stock vLLM once more: the noise of what is measured"),
     )
 }
 

@@ -51,7 +51,8 @@ def measure(experiment: Experiment) -> Rows:
     configs = configurations(experiment)
     baseline = configs.pop(BASELINE)
     ratios: dict[tuple[float, float, str, int], list[dict[str, float]]] = {}
-    for seed, times in product(tqdm(experiment.args.seeds, unit="seed"), SLOWER_TIMES):
+    engines = list(product(experiment.args.seeds, SLOWER_TIMES))
+    for seed, times in tqdm(engines, unit="engine"):
         bench = Bench(experiment, seed, times)
         shapes = {percent: stretched(bench.shape, 1 + percent / 100) for percent in PERCENT}
         full = StepShape(prefill_tokens=0, decodes=bench.shape.batch_limit)

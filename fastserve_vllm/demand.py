@@ -50,9 +50,10 @@ class HostDemand:
         """The room of the step that is about to be planned."""
         scheduler = self._scheduler
         sessions = scheduler.num_waiting_for_streaming_input
+        roster = scheduler.planner.roster
         slots = None
         if scheduler.use_v2_model_runner:
-            held = scheduler.planner.roster.num_residents + sessions
+            held = roster.num_residents + sessions
             slots = scheduler.max_num_running_reqs - held
         return StepLimits(
             batch_limit=max(scheduler.max_num_active_reqs - sessions, 0),
@@ -64,6 +65,7 @@ class HostDemand:
             block_bound=self._block_bound,
             block_tokens=self._block_tokens,
             headroom_blocks=self._kv.watermark_blocks,
+            occupied=bool(roster.num_residents or len(roster.loaded)),
             free_slots=slots,
             max_adapters=self._max_adapters,
             overlapping=self._overlapping,

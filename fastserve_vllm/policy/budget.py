@@ -55,7 +55,8 @@ class StepLimits:
         free_blocks: device blocks that nobody holds.
         block_bound: most new blocks that any decode can need.
         block_tokens: fewest tokens that one more block holds.
-        headroom_blocks: blocks that must stay free when a queued job is let in.
+        headroom_blocks: blocks that must stay free when a queued job is let in beside others.
+        occupied: whether any job holds KV cache on the device.
         free_slots: model-runner slots that nobody holds; None where pausing keeps no slot.
         max_adapters: distinct LoRA adapters in a step; None: adapters are not in use.
         overlapping: steps overlap, so a running job may have nothing left to schedule.
@@ -71,6 +72,7 @@ class StepLimits:
     block_bound: int = 1
     block_tokens: int = 16
     headroom_blocks: int = 0
+    occupied: bool = True
     free_slots: int | None = None
     max_adapters: int | None = None
     overlapping: bool = False
@@ -176,6 +178,7 @@ class StepBudget:
     _adapters: set[int] = field(default_factory=set)
     _queued_closed: bool = False
     _queued_admitted: bool = False
+    _headroom_kept: bool = False
     _tail: list[Job] | None = None
     _first_victim: OrderKey | None = None
 
@@ -250,8 +253,7 @@ class StepBudget:
         if adapter and full and adapter not in self._adapters:
             return "adapters"
         blocks = self.demand.new_blocks(job)
-        if queued and not self._queued_admitted:
-            # Set aside once: those admitted after it cannot touch it any more.
+        if self._needs_headroom(queued):
             blocks += self.limits.headroom_blocks
         slots = int(queued and self.limits.free_slots is not None)
         if not self._make_room(job, blocks, slots):
@@ -263,6 +265,15 @@ class StepBudget:
         self._blocks -= blocks
         self._slots -= slots
         return None
+
+    def _needs_headroom(self, queued: bool) -> bool:
+        """Set aside once: those admitted after it cannot touch it any more.
+
+        Who starts alone needs none, as in vLLM: a job nearly as large as the device would never
+        start.
+        """
+        beside = self.limits.occupied or self._admitted > 0
+        return queued and beside and not self._headroom_kept
 
     def _make_room(self, job: Job, blocks: int, slots: int) -> bool:
         """Take KV cache from the tail of the order until the job fits, or leave all as it was."""
@@ -291,6 +302,7 @@ class StepBudget:
         return True
 
     def _take(self, job: Job, queued: bool, tokens: int) -> None:
+        self._headroom_kept |= self._needs_headroom(queued)
         self._admitted += 1
         self._tokens -= tokens
         self._queued_admitted |= queued

@@ -91,11 +91,13 @@ class FakeHost:
 
     def limits(self, planner: StepPlanner, **options: object) -> StepLimits:
         """The room of the next step; `options` are the limits that are not the device's."""
-        free_slots = None if self.slots is None else self.slots - planner.roster.num_residents
+        roster = planner.roster
+        free_slots = None if self.slots is None else self.slots - roster.num_residents
         return StepLimits(
             free_blocks=self.free_blocks(planner),
             block_tokens=BLOCK_TOKENS,
             headroom_blocks=self.headroom_blocks,
+            occupied=bool(roster.num_residents or len(roster.loaded)),
             free_slots=free_slots,
             **options,
         )
@@ -154,7 +156,8 @@ class FakeHost:
         assert computed == wanted or limits.chunked_prefill, f"{job} would be split"
         assert computed == wanted or job.next_tokens > limits.decode_tokens, f"half a decode: {job}"
         blocks = blocks_for(job.handle.num_tokens) - job.handle.blocks
-        room = self.free_blocks(planner) - (self.headroom_blocks if queued else 0)
+        beside = queued and any(j.handle.blocks for j in planner.jobs if j is not job)
+        room = self.free_blocks(planner) - (self.headroom_blocks if beside else 0)
         assert blocks == 0 or blocks <= room, f"no block is left for {job}"
         job.handle.blocks += blocks
         return computed

@@ -152,6 +152,12 @@ class TestMemory:
         arrivals(stage, "ab", prompt=8)
         assert stage.step() == "a"
 
+    def test_who_starts_alone_needs_no_headroom(self):
+        """A job that needs all of the device would never start otherwise."""
+        stage = Stage(num_blocks=2, headroom_blocks=1)
+        stage.add("a", prompt=8, output=1)
+        assert stage.step() == "a"
+
     def test_cached_prompt_blocks_count_as_memory(self):
         """A prompt in the prefix cache costs few tokens, but its blocks are among the free ones."""
         stage = Stage(num_blocks=10)

@@ -20,7 +20,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,7 +32,7 @@ from benchmarks.errors import InputError
 from benchmarks.plan import Plan
 from benchmarks.processes import each_in_fresh_process
 from benchmarks.result import RunResult
-from benchmarks.side_by_side import core_shares, each_side_by_side
+from benchmarks.side_by_side import each_side_by_side
 from benchmarks.store import Store
 from benchmarks.systems import BASELINE, System, system_named
 from benchmarks.tables import output_check, printed
@@ -49,23 +50,14 @@ class Points:
     folder: Path
     progress: tqdm
 
-    def capacity(self, plan: Plan) -> RunResult:
-        """The result of a baseline; side by side, of the first of as many as there are systems."""
-        run = self._found(plan)
-        if run is None:
-            beside = len(self.experiment.systems) if self.experiment.args.side_by_side else 1
-            run, *_ = self._each([plan] * beside)
-            self.store.save(run)
-        self.progress.update()
-        return run
-
     def measure(self, plans: Sequence[Plan]) -> list[RunResult]:
         """The plans' results, in order."""
         found = {self._key(plan): self._found(plan) for plan in plans}
         missing = [plan for plan in plans if found[self._key(plan)] is None]
-        if missing and self.experiment.args.side_by_side:
+        if self.experiment.args.side_by_side:
             # What ran beside another one is measured again beside it.
-            missing = list(plans)
+            loads = {plan.load for plan in missing}
+            missing = [plan for plan in plans if plan.load in loads]
         self.progress.update(len(plans) - len(missing))
         for plan, run in zip(missing, self._each(missing), strict=True):
             self.store.save(run)
@@ -81,13 +73,20 @@ class Points:
 
     def _each(self, plans: Sequence[Plan]) -> Iterator[RunResult]:
         args = self.experiment.args
-        if args.side_by_side and plans:
-            return iter(each_side_by_side(self._over_http_in, list(enumerate(plans))))
+        if args.side_by_side:
+            by_load = groupby(plans, key=attrgetter("load"))
+            return chain.from_iterable(self._beside(list(together)) for _, together in by_load)
         if args.http:
             return (over_http.run_point(plan, self.folder) for plan in plans)
         # On the wall's clock a process owes nothing to another one.
         virtual = args.clock == "virtual"
         return each_in_fresh_process(in_process.run_point, plans, args.jobs, preloaded=virtual)
+
+    def _beside(self, plans: Sequence[Plan]) -> list[RunResult]:
+        """Measure plans at the same time; one alone, as a capacity is, beside others like it."""
+        places = len(self.experiment.systems)
+        together = [*plans, *plans[:1] * (places - len(plans))]
+        return each_side_by_side(self._over_http_in, list(enumerate(together)))[: len(plans)]
 
     def _over_http_in(self, numbered: tuple[int, Plan]) -> RunResult:
         """Measure one of several at the same time, with files of its own."""
@@ -138,19 +137,15 @@ def measure(experiment: Experiment, points: Points) -> list[RunResult]:
     runs = []
     for turn, seed in enumerate(experiment.args.seeds):
         baseline = plan_of(experiment, system_named(BASELINE), None, seed)
-        capacity = points.capacity(baseline)
+        (capacity,) = points.measure([baseline])
         runs.append(capacity)
-        by_load = [
-            [
-                plan_of(experiment, system, load, seed, capacity)
-                for system in rotated(experiment.systems, turn)
-                if load is not None or system.name != BASELINE
-            ]
+        plans = [
+            plan_of(experiment, system, load, seed, capacity)
             for load in experiment.args.loads
+            for system in rotated(experiment.systems, turn)
+            if load is not None or system.name != BASELINE
         ]
-        together = by_load if experiment.args.side_by_side else [list(chain(*by_load))]
-        for plans in together:
-            runs += points.measure(plans)
+        runs += points.measure(plans)
     return runs
 
 
@@ -173,8 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         experiment = experiment_of(args)
-        if args.side_by_side:
-            core_shares(len(experiment.systems))
         with tempfile.TemporaryDirectory() as scratch:
             runs = run(experiment, args.logs or Path(scratch))
     except InputError as error:

@@ -65,7 +65,7 @@ class HostDemand:
             block_bound=self._block_bound,
             block_tokens=self._block_tokens,
             headroom_blocks=self._kv.watermark_blocks,
-            occupied=bool(roster.num_residents or len(roster.loaded)),
+            occupied=roster.occupied,
             free_slots=slots,
             max_adapters=self._max_adapters,
             overlapping=self._overlapping,

@@ -253,7 +253,8 @@ class StepBudget:
         if adapter and full and adapter not in self._adapters:
             return "adapters"
         blocks = self.demand.new_blocks(job)
-        if self._needs_headroom(queued):
+        needs_headroom = self._needs_headroom(queued)
+        if needs_headroom:
             blocks += self.limits.headroom_blocks
         slots = int(queued and self.limits.free_slots is not None)
         if not self._make_room(job, blocks, slots):
@@ -262,6 +263,7 @@ class StepBudget:
             return "memory"
         if adapter:
             self._adapters.add(adapter)
+        self._headroom_kept |= needs_headroom
         self._blocks -= blocks
         self._slots -= slots
         return None
@@ -302,7 +304,6 @@ class StepBudget:
         return True
 
     def _take(self, job: Job, queued: bool, tokens: int) -> None:
-        self._headroom_kept |= self._needs_headroom(queued)
         self._admitted += 1
         self._tokens -= tokens
         self._queued_admitted |= queued

@@ -46,6 +46,11 @@ class Roster:
         return len(self.running) + len(self.paused) + len(self.leaving) + len(self.coming)
 
     @property
+    def occupied(self) -> bool:
+        """Whether any job holds KV cache on the device."""
+        return self.num_residents > 0 or len(self.loaded) > 0
+
+    @property
     def leaving_blocks(self) -> int:
         """Device blocks that come free when the copies that are under way end."""
         return sum(self.leaving.values())

@@ -26,6 +26,20 @@ def trace(tmp_path):
     return path
 
 
+def result_of(plan):
+    """What measuring gives, without measuring."""
+    return RunResult(
+        plan.system.name,
+        plan.load,
+        plan.seed,
+        plan.rate_rps,
+        {"requests_per_s": 10.0, "normalized_ms": {"mean": 2.0}},
+        "digest",
+        {"000000": "01234567"},
+        alone=VIRTUAL,
+    )
+
+
 @pytest.fixture
 def measured(monkeypatch):
     """Stands in for measuring; collects the plans."""
@@ -35,16 +49,7 @@ def measured(monkeypatch):
         assert task is in_process.run_point
         for plan in arguments:
             plans.append(plan)
-            yield RunResult(
-                plan.system.name,
-                plan.load,
-                plan.seed,
-                plan.rate_rps,
-                {"requests_per_s": 10.0, "normalized_ms": {"mean": 2.0}},
-                "digest",
-                {"000000": "01234567"},
-                alone=VIRTUAL,
-            )
+            yield result_of(plan)
 
     monkeypatch.setattr(run, "each_in_fresh_process", each)
     return plans
@@ -130,11 +135,7 @@ def beside(monkeypatch):
     def point(plan, folder):
         met.wait()
         seen.append((plan.load, plan.system.name, os.sched_getaffinity(0), folder))
-        figures = {"requests_per_s": 10.0, "normalized_ms": {"mean": 2.0}}
-        name, digests = plan.system.name, {"000000": "01234567"}
-        return RunResult(
-            name, plan.load, plan.seed, plan.rate_rps, figures, "digest", digests, alone=VIRTUAL
-        )
+        return result_of(plan)
 
     monkeypatch.setattr(run.over_http, "run_point", point)
     return seen

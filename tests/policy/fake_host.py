@@ -97,7 +97,7 @@ class FakeHost:
             free_blocks=self.free_blocks(planner),
             block_tokens=BLOCK_TOKENS,
             headroom_blocks=self.headroom_blocks,
-            occupied=bool(roster.num_residents or len(roster.loaded)),
+            occupied=roster.occupied,
             free_slots=free_slots,
             **options,
         )

@@ -66,6 +66,11 @@ ARRANGEMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     *(("max_token_gap_s", f"gap {s:g} s", {"max_token_gap_s": s}) for s in (0.1, 0.2, 0.8, 1.6, 3)),
     *(("service_weight", f"weight {w}", {"service_weight": w}) for w in (0, 20, 300, 1000)),
     ("no ageing", "no ageing", {"starvation_limit_s": "off"}),
+    *(
+        ("first_token_share", f"share {s:g}", {"first_token_share": s})
+        for s in (0.1, 0.2, 0.3, 0.7, 1)
+    ),
+    ("lengths not learned", "lengths not learned", {"learn_lengths": False}),
 )
 PATHS = {
     "TTFT mean": ("ttft_ms", "mean"),

@@ -53,7 +53,7 @@ class FastServeConfig:
     """Where the waiting goes under overload (docs/objectives.md). `balanced`: the first token at
     once, a finite ladder, and turns for whoever can have one for nothing. `smooth`: the gap between
     two tokens stays within `max_token_gap_s` while the load allows, at the price of more KV swap.
-    `paper`: as published, for comparison. It sets the defaults of the seven fields that follow."""
+    `paper`: as published, for comparison. It sets the defaults of the nine fields that follow."""
 
     quantum_ratio: float | None = Field(default=None, gt=1)
     """Quantum of a level over that of the level above it. None: 2.1; `paper`: 2."""
@@ -65,6 +65,15 @@ class FastServeConfig:
     service_weight: float | None = Field(default=None, ge=0)
     """Seconds of age that a second of attained service counts for in the last level; 0 is arrival
     order. None: 50; `paper`: 0."""
+
+    first_token_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the time for which first tokens go before all others, by predicted prefill times;
+    who comes beyond it joins the last level, and ageing gives it a turn. Where prompts are most of
+    the work, a smaller share serves answers better. None: 0.5; `paper`: 1, no bound."""
+
+    learn_lengths: bool | None = None
+    """Whether the last level expects answers to be as long as those to prompts of about the same
+    length were, as far as that has told them apart. None: yes; `paper`: no."""
 
     ageing: AgeingRule | None = None
     """Who is raised after waiting. `relative`: it waits for `ageing_ratio` times the service it has

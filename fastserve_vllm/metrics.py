@@ -188,7 +188,8 @@ WAITING: tuple[Metric, ...] = (
         "joins",
         _C,
         "requests",
-        "Requests that joined a queue, by entry level: below the highest through skip-join.",
+        "Requests that joined a queue, by entry level: below the highest through skip-join, in the "
+        "last one because first tokens had had their share of the time.",
         (LEVEL,),
     ),
     Metric(
@@ -215,6 +216,13 @@ WAITING: tuple[Metric, ...] = (
         _G,
         "seconds",
         "Bound that relative ageing sets to the gap between two tokens; absent without it.",
+    ),
+    Metric(
+        "explained_lengths_ratio",
+        _G,
+        "ratio",
+        "Share of the variance of answers' service that prompts' lengths explain, so far: the last "
+        "level relies on them as far. Absent where nothing is learned.",
     ),
 )
 

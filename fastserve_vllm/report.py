@@ -156,6 +156,8 @@ class Reporter:
                 gauges["starvation_limit_seconds"] = policy.ageing.limit_s
             if policy.gap_s < math.inf:
                 gauges["token_gap_limit_seconds"] = policy.gap_s
+            if policy.lengths is not None:
+                gauges["explained_lengths_ratio"] = policy.lengths.explained
         if planner.ahead is not None:
             gauges["reserve_blocks"] = planner.ahead.reserved_blocks
         if self._exchange is not None:

@@ -34,6 +34,15 @@ class AbsoluteAgeing:
         """Seconds that the job may wait."""
         return self.limit_s
 
+    def raises(self, job: Job) -> bool:
+        """Whether the job, which is due, is promoted.
+
+        Not one without KV cache whose first step takes half the limit or longer: on a device too
+        small for two such prompts, each would be promoted past the other while that one still
+        prefills, and take its memory, for ever. The finite ladder serves them in turn.
+        """
+        return job.state is not JobState.QUEUED or 2 * job.first_step_s < self.limit_s
+
 
 @dataclass(frozen=True, slots=True)
 class RelativeAgeing:

@@ -59,6 +59,8 @@ class Job:
     """Service attained in the current level up to the last time the job stopped running."""
     served_s: float = 0.0
     """Service attained in its life, likewise."""
+    longer_s: float = 0.0
+    """Service that its answer is expected to take beyond others', as of entering the last level."""
     grace_s: float = 0.0
     """Seconds by which its quantum is longer, in the level that it joined."""
     turn_s: float | None = None

@@ -14,7 +14,9 @@ from fastserve_vllm.config import (
 )
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.base import Fcfs, FixedPriority, Policy
+from fastserve_vllm.policy.first_tokens import FirstTokenShare
 from fastserve_vllm.policy.job import Job
+from fastserve_vllm.policy.lengths import AnswerLengths
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
 from fastserve_vllm.policy.step_time import StepShape, StepTimeModel
@@ -38,6 +40,8 @@ class Arrangement:
     num_levels: int = 7
     quantum_ratio: float = 2.1
     service_weight: float = 50.0
+    first_token_share: float = 0.5
+    learn_lengths: bool = True
     ageing: AgeingRule = "relative"
     ageing_ratio: float = 20.0
     starvation_limit_s: float = 6.0
@@ -51,6 +55,8 @@ ARRANGEMENTS: dict[Objective, Arrangement] = {
         num_levels=64,
         quantum_ratio=2.0,
         service_weight=0.0,
+        first_token_share=1.0,
+        learn_lengths=False,
         ageing="absolute",
         starvation_limit_s=0.3,
     ),
@@ -161,13 +167,16 @@ def make_policy(config: FastServeConfig, base_s: float, batch_limit: int) -> Pol
         return Fcfs()
     if config.policy == "fixed-priority":
         return FixedPriority()
+    preset = ARRANGEMENTS[config.objective]
+    learns = _chosen(config.learn_lengths, preset.learn_lengths)
+    share = _chosen(config.first_token_share, preset.first_token_share)
     return SkipJoinMlfq(
         make_ladder(config, base_s),
         skip_join=config.policy == "fastserve",
         ageing=make_ageing(config, batch_limit),
-        service_weight=_chosen(
-            config.service_weight, ARRANGEMENTS[config.objective].service_weight
-        ),
+        service_weight=_chosen(config.service_weight, preset.service_weight),
+        lengths=AnswerLengths() if learns else None,
+        first_tokens=FirstTokenShare(share) if share < 1 else None,
     )
 
 

@@ -5,9 +5,11 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
 from itertools import count
 
-from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, DueQueue, RelativeAgeing, withdraw
+from fastserve_vllm.policy.ageing import Ageing, DueQueue, RelativeAgeing, withdraw
 from fastserve_vllm.policy.expiries import Expiries
+from fastserve_vllm.policy.first_tokens import FirstTokenShare
 from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.lengths import AnswerLengths
 from fastserve_vllm.policy.quantum import QuantumLadder
 
 # What has a turn stands above all levels of its priority class.
@@ -26,7 +28,8 @@ class SkipJoinMlfq:
 
     The last level has no quantum. It is served by age, where a second of attained service counts
     as `service_weight` seconds of age: who has got far is likely to be done soon, for answers have
-    a typical length. Weight 0 is arrival order.
+    a typical length; so does service that its answer is expected to be shorter by. Weight 0 is
+    arrival order.
 
     Args:
         ladder: the quanta.
@@ -34,6 +37,8 @@ class SkipJoinMlfq:
             in any case; otherwise at level 0 (the naive MLFQ of the paper's figure 16).
         ageing: what becomes of jobs that wait long; None: nothing.
         service_weight: seconds of age that a second of service counts for in the last level.
+        lengths: learns from the answers that end in the last level; None: all are expected alike.
+        first_tokens: with skip-join, who has no room there joins the last level.
     """
 
     def __init__(
@@ -43,11 +48,15 @@ class SkipJoinMlfq:
         skip_join: bool = True,
         ageing: Ageing | None = None,
         service_weight: float = 0.0,
+        lengths: AnswerLengths | None = None,
+        first_tokens: FirstTokenShare | None = None,
     ) -> None:
         self.skip_join = skip_join
         self.ageing = ageing
         self._set_ladder(ladder)
         self.service_weight = service_weight
+        self.lengths = lengths
+        self.first_tokens = first_tokens
         self.demotions = 0
         self.level_demotions = [0] * ladder.num_levels
         self.promotions = 0
@@ -88,7 +97,7 @@ class SkipJoinMlfq:
         job.arrival = next(self._arrivals)
         job.joined_s = now_s
         job.served_s = 0.0
-        level = self._join_level(job) if self.skip_join else 0
+        level = self._join_level(job, now_s) if self.skip_join else 0
         self.skip_joins += level > 0
         self.level_sizes[level] += 1
         self._enter(job, level)
@@ -98,7 +107,9 @@ class SkipJoinMlfq:
         self._wait(job, now_s)
 
     def leave(self, job: Job) -> None:
-        """Forget the job."""
+        """Forget the job, but for how long its answer was, however it ended."""
+        if self.lengths is not None:
+            self.lengths.learn(job.prompt_tokens, self._served_s(job, self._service_s))
         self.level_sizes[job.level] -= 1
         withdraw(job)
         self._expiries.discard(job)
@@ -179,17 +190,14 @@ class SkipJoinMlfq:
     def promote_starved(self, now_s: float) -> Sequence[Job]:
         """Raise the jobs that have waited for as long as ageing lets them.
 
-        Relative ageing gives them a turn, the absolute rule moves them to level 0. Not so a job
-        without KV cache whose first step takes half the absolute limit or longer: on a device too
-        small for two such prompts, each would be promoted past the other while that one still
-        prefills, and take its memory, for ever. The finite ladder serves them in turn.
+        Relative ageing gives them a turn, the absolute rule moves them to level 0.
         """
         if isinstance(self.ageing, RelativeAgeing):
             return self._give_turns(self.ageing, now_s)
         raised: list[Job] = []
         while (job := self._waiting.first_due(now_s)) is not None:
             withdraw(job)
-            if job.level > 0 and not self._is_endless(job):
+            if job.level > 0 and self.ageing is not None and self.ageing.raises(job):
                 self._move(job, 0)
                 self.promotions += 1
                 raised.append(job)
@@ -200,18 +208,8 @@ class SkipJoinMlfq:
         return min(self._expiries.first_s - self._service_s, self._waiting.due_s - now_s)
 
     def execute_s(self, batch_size: int) -> Sequence[float]:
-        """T_execute of the paper's section 4.2, for a job of each level.
-
-        It is (1/B) times the sum, over the jobs j of higher levels, of the quanta from j's level to
-        the one above its own. Jobs of the same level count for nothing.
-        """
-        times, total_s, above = [], 0.0, 0
-        for jobs, quantum_s in zip(self.level_sizes, self.ladder.quanta_s, strict=True):
-            times.append(total_s)
-            above += jobs
-            if above:
-                total_s += quantum_s * above / batch_size
-        return times
+        """T_execute of the paper's section 4.2, for a job of each level."""
+        return self.ladder.execute_s(self.level_sizes, batch_size)
 
     def promote_s(self, job: Job, now_s: float) -> float:
         """T_promote of the paper's section 4.2; infinite without ageing."""
@@ -280,9 +278,15 @@ class SkipJoinMlfq:
         if self.ageing is not None:
             self._first_due_s = self.ageing.first_due_s(ladder.base_s)
 
-    def _join_level(self, job: Job) -> int:
-        """Where skip-join puts the job: above the last level, for that has no first token soon."""
-        return min(self.ladder.join_level(job.first_step_s), max(self.ladder.last_level - 1, 0))
+    def _join_level(self, job: Job, now_s: float) -> int:
+        """Where skip-join puts the job: above the last level, for that has no first token soon.
+
+        Not so where first tokens have had their share of the time, as of the gap's bound.
+        """
+        bucket, last = self.first_tokens, self.ladder.last_level
+        if bucket is not None and not bucket.takes(job.first_step_s, now_s, self.gap_s):
+            return last
+        return min(self.ladder.join_level(job.first_step_s), max(last - 1, 0))
 
     def _quantum_s(self, job: Job) -> float:
         return self.ladder.quanta_s[job.level] + job.grace_s
@@ -297,6 +301,8 @@ class SkipJoinMlfq:
         job.level = level
         job.attained_service_s = job.grace_s = 0.0
         job.entry = next(self._entries)
+        if self.lengths is not None and level == self.ladder.last_level:
+            job.longer_s = self.lengths.longer_s(job.prompt_tokens)
         if job.turn_s is None:
             job.key = self._key(job, self._keys_at_s)
 
@@ -306,8 +312,8 @@ class SkipJoinMlfq:
         if job.level == self.ladder.last_level:
             # Coarse enough to hide that sums of times are not exact. Otherwise
             # `key_among_running` might exchange two jobs that came and were served together.
-            seconds = job.joined_s - self.service_weight * self._served_s(job, reading_s)
-            place = round(seconds, _PLACE_DIGITS)
+            ahead_s = self._served_s(job, reading_s) - job.longer_s
+            place = round(job.joined_s - self.service_weight * ahead_s, _PLACE_DIGITS)
         return (job.priority, job.level, place, job.arrival)
 
     # ---- service ------------------------------------------------------------------------------
@@ -391,7 +397,3 @@ class SkipJoinMlfq:
     def _give_back_turn(self, job: Job) -> None:
         del self._turn_classes[bisect_left(self._turn_classes, job.priority)]
         job.turn_s = None
-
-    def _is_endless(self, job: Job) -> bool:
-        limit_s = self.ageing.limit_s if isinstance(self.ageing, AbsoluteAgeing) else math.inf
-        return job.state is JobState.QUEUED and 2 * job.first_step_s >= limit_s

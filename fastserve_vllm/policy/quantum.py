@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, repeat
 from operator import mul
@@ -42,3 +43,21 @@ class QuantumLadder:
         """The highest level whose quantum is at least `first_step_s` (skip-join, section 4.1)."""
         # Steps are whole: a prompt that costs exactly one quantum must not miss it by rounding.
         return bisect_left(self.quanta_s, first_step_s * (1 - 1e-9))
+
+    def execute_s(self, level_sizes: Sequence[int], batch_size: int) -> Sequence[float]:
+        """For each level, seconds until the jobs of higher ones have come down (section 4.2).
+
+        (1/B) times the sum, over the jobs j of higher levels, of the quanta from j's level to the
+        one above this. Jobs of the level itself count for nothing.
+
+        Args:
+            level_sizes: jobs of each level.
+            batch_size: jobs that run at a time, B.
+        """
+        times, total_s, above = [], 0.0, 0
+        for jobs, quantum_s in zip(level_sizes, self.quanta_s, strict=True):
+            times.append(total_s)
+            above += jobs
+            if above:
+                total_s += quantum_s * above / batch_size
+        return times

@@ -140,7 +140,8 @@ WAITING = Row(
         ),
         Panel(
             "Joins by entry level",
-            "Below level 0: long prompts, by skip-join.",
+            "Below level 0: long prompts, by skip-join. In the last one: beyond the share of the "
+            "time that first tokens may take.",
             (Query(rate("joins", "level"), "level {{level}}"),),
             "reqps",
         ),
@@ -158,6 +159,12 @@ WAITING = Row(
             "Given by relative ageing; late ones were overdue by the bound of the token gap.",
             (Query(rate("aged_turns"), "given"), Query(rate("late_turns"), "late")),
             "reqps",
+        ),
+        Panel(
+            "Lengths explained",
+            "How far prompts' lengths tell answers' lengths, and the last level relies on that.",
+            (Query(value("explained_lengths_ratio", merge="max"), "explained"),),
+            "percentunit",
         ),
         Panel(
             "Quantum by level",

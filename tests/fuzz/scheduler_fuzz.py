@@ -67,6 +67,8 @@ class World:
             "ageing": dice.choice(["absolute", "relative"]),
             "num_levels": dice.choice([None, 2, 4, 10]),
             "service_weight": dice.choice([None, 0.0, 1.0]),
+            "first_token_share": dice.choice([None, 0.05]),
+            "learn_lengths": dice.choice([None, False]),
         }
         if self.calm:
             fastserve |= {"policy": "fastserve", "starvation_limit_s": LIMIT_S}

@@ -41,11 +41,22 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS)
 
 
-def make_job(name: str, prompt: int = 1, output: int = 1, **options: int) -> Job:
-    """A job of a request; `priority` goes to the job, the other options to the request."""
-    priority = options.pop("priority", 0)
+def make_job(
+    name: str,
+    prompt: int = 1,
+    output: int = 1,
+    priority: int = 0,
+    first_step_s: float | None = None,
+    **options: int,
+) -> Job:
+    """A job of a request, a tick of first step for each token of its prompt unless told.
+
+    The options go to the request.
+    """
     request = FakeRequest(prompt, output, **options)
-    job = Job(name, prompt, priority, first_step_s=prompt * TICK_S, handle=request)
+    if first_step_s is None:
+        first_step_s = prompt * TICK_S
+    job = Job(name, prompt, priority, first_step_s, handle=request)
     job.next_tokens = prompt - request.cached
     return job
 
@@ -189,7 +200,7 @@ class Stage:
         self.finished_at_s: dict[str, float] = {}
         self._unobserved_s = 0.0
 
-    def add(self, name: str, prompt: int = 1, output: int = 1 << 20, **options: int) -> Job:
+    def add(self, name: str, prompt: int = 1, output: int = 1 << 20, **options: float) -> Job:
         """A job arrives."""
         job = self.jobs[name] = make_job(name, prompt, output, **options)
         self.planner.add(job, self.now_s)

@@ -1,12 +1,13 @@
 """What the policy is checked against: the same laws, written the slow and obvious way."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 
-from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, withdraw
+from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing, withdraw
 from fastserve_vllm.policy.budget import StepBudget, StepLimits, Verdict
 from fastserve_vllm.policy.job import Job, JobState
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
@@ -44,6 +45,7 @@ class Record:
     turn_entry: int = 0
     turn_tokens: int = 0
     turn_ran_s: float = 0.0
+    longer_s: float = 0.0
 
     @property
     def rank(self) -> tuple[float, ...]:
@@ -55,10 +57,13 @@ class Record:
 
     @property
     def place(self) -> float:
-        """In its level: last come, last served; in the last level, service makes older."""
+        """In its level: last come, last served; in the last level, service makes older.
+
+        So does service that its answer is expected to be shorter by. To the microsecond.
+        """
         if self.level < self.last:
             return self.entry
-        return self.joined_s - self.weight * self.served_s
+        return round(self.joined_s + self.weight * (self.longer_s - self.served_s), 6)
 
 
 def naive_patience_s(ageing: Ageing, base_s: float, job: Job, served_s: float) -> float:
@@ -82,6 +87,9 @@ class NaiveMlfq:
         self.records: dict[Job, Record] = {}
         self.arrivals = self.entries = self.looks = 0
         self.demotions = self.promotions = self.turns = 0
+        # Both have tests of their own. Here they are fed with what is seen here.
+        self.lengths = copy.deepcopy(policy.lengths)
+        self.first_tokens = copy.deepcopy(policy.first_tokens)
 
     @property
     def ladder(self) -> QuantumLadder:
@@ -112,13 +120,25 @@ class NaiveMlfq:
         if self.policy.skip_join:
             while level < self.last - 1 and self.ladder.quanta_s[level] < job.first_step_s:
                 level += 1
+            if not self.has_room(job, now_s):
+                level = self.last
         self._enter(record, level)
         if self.policy.skip_join and job.first_step_s > self.ladder.quanta_s[level]:
             record.grace_s = job.first_step_s - self.ladder.quanta_s[level]
         self._wait(record, now_s)
 
+    def has_room(self, job: Job, now_s: float) -> bool:
+        """Whether its first token is within the share of all first tokens."""
+        ageing = self.policy.ageing
+        if self.first_tokens is None or not isinstance(ageing, RelativeAgeing):
+            return True
+        gap_s = max(ageing.gap_s, ageing.gap_quanta * self.ladder.base_s)
+        return self.first_tokens.takes(job.first_step_s, now_s, min(gap_s, ageing.limit_s))
+
     def leave(self, job: Job) -> None:
-        del self.records[job]
+        record = self.records.pop(job)
+        if self.lengths is not None:
+            self.lengths.learn(job.prompt_tokens, record.served_s)
 
     def start(self, job: Job) -> None:
         record = self.records[job]
@@ -205,6 +225,8 @@ class NaiveMlfq:
         self.entries += 1
         record.level, record.entry = level, self.entries
         record.attained_s = record.grace_s = 0.0
+        if level == self.last and self.lengths is not None:
+            record.longer_s = self.lengths.longer_s(record.job.prompt_tokens)
 
     def _wait(self, record: Record, now_s: float) -> None:
         record.waiting_since_s = now_s

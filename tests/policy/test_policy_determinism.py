@@ -6,6 +6,8 @@ import pytest
 from fake_host import TICK_S, FakeHost, Stage, make_job, names
 
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
+from fastserve_vllm.policy.first_tokens import FirstTokenShare
+from fastserve_vllm.policy.lengths import AnswerLengths
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -16,10 +18,21 @@ AGEING = [
 ]
 
 
+def made(ageing: Ageing) -> SkipJoinMlfq:
+    """A policy with all that it may have."""
+    return SkipJoinMlfq(
+        QuantumLadder(TICK_S, 2.0, 6),
+        ageing=ageing,
+        service_weight=4.0,
+        lengths=AnswerLengths(),
+        first_tokens=FirstTokenShare(0.25),
+    )
+
+
 def run(seed: int, ageing: Ageing, **options: object) -> list[tuple[str, ...]]:
     """Plans of a busy trace: arrivals, stalls, finishes, and ageing."""
     dice = random.Random(seed)
-    policy = SkipJoinMlfq(QuantumLadder(TICK_S, 2.0, 6), ageing=ageing, service_weight=4.0)
+    policy = made(ageing)
     host = FakeHost(num_blocks=90)
     planner = StepPlanner(policy, host)
     clutter, plans, now_s = [], [], 0.0
@@ -69,7 +82,7 @@ def test_plans_do_not_depend_on_true_output_lengths(ageing):
 
 def answers_of(output: int, ageing: Ageing) -> list[str]:
     """Batches of the first 40 steps of jobs with answers this long."""
-    policy = SkipJoinMlfq(QuantumLadder(TICK_S, 2.0, 6), ageing=ageing, service_weight=4.0)
+    policy = made(ageing)
     stage = Stage(policy, num_blocks=60)
     batches = []
     for step in range(40):

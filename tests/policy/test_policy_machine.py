@@ -13,7 +13,9 @@ from reference import CheckedMlfq, ReferencePlan, called_up, reference_plan
 
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.budget import StepLimits, Verdict
+from fastserve_vllm.policy.first_tokens import FirstTokenShare
 from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.lengths import AnswerLengths
 from fastserve_vllm.policy.quantum import QuantumLadder
 from fastserve_vllm.policy.step_plan import StepPlan
 
@@ -64,6 +66,8 @@ class PolicyMachine(RuleBasedStateMachine):
         levels=st.integers(1, 5),
         ageing=ageings(),
         weight=st.sampled_from([0.0, 1.0, 8.0]),
+        learns=st.booleans(),
+        share=st.sampled_from([None, 0.25, 0.5]),
         skip_join=st.booleans(),
         blocks=st.integers(18, 60),
         slots=st.sampled_from([None, 1, 3, 8]),
@@ -84,6 +88,8 @@ class PolicyMachine(RuleBasedStateMachine):
         levels,
         ageing,
         weight,
+        learns,
+        share,
         skip_join,
         blocks,
         slots,
@@ -96,6 +102,8 @@ class PolicyMachine(RuleBasedStateMachine):
             skip_join=skip_join,
             ageing=ageing,
             service_weight=weight,
+            lengths=AnswerLengths() if learns else None,
+            first_tokens=FirstTokenShare(share) if share else None,
         )
         self.mode = mode
         self.host = SwapHost(blocks, slots, headroom, **host)
@@ -475,6 +483,8 @@ def busy_trace(seed: int, mode: str) -> PolicyMachine:
         ageing=random_ageing(dice),
         weight=dice.choice([0.0, 1.0, 8.0]),
         skip_join=dice.random() < 0.5,
+        learns=dice.random() < 0.5,
+        share=dice.choice([None, 0.25]),
         blocks=dice.randint(18, 50),
         slots=dice.choice([None, None, 3, 8]),
         headroom=dice.randint(0, 2),

@@ -34,6 +34,8 @@ def test_the_default_is_balanced():
     assert policy.num_levels < 16
     assert policy.skip_join
     assert policy.service_weight > 0
+    assert policy.lengths.explained == 0
+    assert 0 < policy.first_tokens.share < 1
     assert isinstance(policy.ageing, RelativeAgeing)
     assert policy.ageing.ratio > 0
     assert 0 < policy.ageing.gap_s < policy.ageing.limit_s < math.inf
@@ -55,6 +57,7 @@ def test_paper_is_the_rule_of_the_paper():
     assert policy.ladder == QuantumLadder(0.01, 2.0, 64)
     assert policy.ageing == AbsoluteAgeing(0.3)
     assert policy.service_weight == 0
+    assert (policy.lengths, policy.first_tokens) == (None, None)
     assert policy.gap_s == math.inf
 
 
@@ -66,6 +69,8 @@ def test_every_choice_overrides_the_objective(objective):
         num_levels=5,
         quantum_ratio=3.0,
         service_weight=7.0,
+        first_token_share=0.125,
+        learn_lengths=True,
         ageing="relative",
         ageing_ratio=2.0,
         starvation_limit_s=9.0,
@@ -74,6 +79,8 @@ def test_every_choice_overrides_the_objective(objective):
     ageing = policy.ageing
     assert policy.ladder == QuantumLadder(0.01, 3.0, 5)
     assert (policy.service_weight, ageing.ratio) == (7.0, 2.0)
+    assert policy.first_tokens.share == 0.125
+    assert policy.lengths is not None
     assert (ageing.limit_s, ageing.gap_s, ageing.gap_quanta) == (9.0, 0.25, 0.0)
     assert made(objective=objective, ageing="absolute", starvation_limit_s=2.0).ageing == (
         AbsoluteAgeing(2.0)
@@ -82,8 +89,16 @@ def test_every_choice_overrides_the_objective(objective):
 
 @pytest.mark.parametrize("objective", ARRANGEMENTS)
 def test_zero_is_a_choice(objective):
-    """It is not taken for nothing."""
-    policy = made(objective=objective, service_weight=0, ageing="relative", ageing_ratio=0)
+    """It is not taken for nothing, nor is no."""
+    policy = made(
+        objective=objective,
+        service_weight=0,
+        first_token_share=1,
+        learn_lengths=False,
+        ageing="relative",
+        ageing_ratio=0,
+    )
+    assert (policy.lengths, policy.first_tokens) == (None, None)
     assert (policy.service_weight, policy.ageing.ratio) == (0, 0)
 
 

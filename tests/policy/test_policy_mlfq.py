@@ -11,6 +11,7 @@ from fastserve_vllm.config import FastServeConfig
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, Ageing, RelativeAgeing
 from fastserve_vllm.policy.base import Fcfs, FixedPriority
 from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.lengths import AnswerLengths
 from fastserve_vllm.policy.make import make_ladder, make_policy
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -61,11 +62,10 @@ class TestLadder:
             QuantumLadder(*arguments)
 
 
-def running_job(policy: SkipJoinMlfq, first_step_s: float = 0.0) -> Job:
+def running_job(policy: SkipJoinMlfq, first_step_s: float = 0.0, prompt: int = 1) -> Job:
     """A job that has joined and runs."""
     stage = Stage(policy)
-    job = make_job("a", output=1 << 20)
-    job.first_step_s = first_step_s
+    job = make_job("a", prompt, output=1 << 20, first_step_s=first_step_s)
     stage.planner.add(job, now_s=0.0)
     stage.step()
     return job
@@ -173,6 +173,30 @@ class TestLevels:
         assert [stage.step(batch_limit=1) for _ in range(3)] == ["a"] * 3
         assert job.key == (0, 1, 8 - 3.0 * 10, job.arrival)
         assert stage.planner.policy.key_among_waiting(stage.jobs["a"])[2] == 0 - 3.0 * 18
+
+    def test_who_is_expected_to_be_done_first_is_first(self):
+        """As of entering the last level: by its prompt, from the answers that ended before.
+
+        An answer is two quanta long for a prompt of 2 tokens, ten for one of 64. Without a weight,
+        arrival alone counts.
+        """
+        orders = {}
+        for weight in (0.0, 8.0):
+            policy = SkipJoinMlfq(
+                QuantumLadder(1.0, 2.0, 2), service_weight=weight, lengths=AnswerLengths()
+            )
+            for _ in range(20):
+                for prompt, service_s in ((2, 2.0), (64, 10.0)):
+                    charge(policy, ended := running_job(policy, prompt=prompt), service_s)
+                    policy.leave(ended)
+            stage = Stage(policy)
+            stage.add("long", prompt=64)
+            stage.add("short", prompt=2)
+            for _ in range(3):
+                stage.step()
+                stage.spend(1.0)
+            orders[weight] = [stage.step(batch_limit=1), stage.jobs["short"].longer_s < 0]
+        assert orders == {0.0: ["long", True], 8.0: ["short", True]}
 
     def test_a_prompt_joins_above_the_last_level(self):
         """However long it takes, and it is not demoted before its first token."""

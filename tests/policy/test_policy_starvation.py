@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from reference import naive_patience_s
 
 from fastserve_vllm.policy.ageing import AbsoluteAgeing, RelativeAgeing
+from fastserve_vllm.policy.first_tokens import FirstTokenShare
 from fastserve_vllm.policy.job import Job, JobState
+from fastserve_vllm.policy.lengths import AnswerLengths
 from fastserve_vllm.policy.mlfq import SkipJoinMlfq
 from fastserve_vllm.policy.plan import StepPlanner
 from fastserve_vllm.policy.quantum import QuantumLadder
@@ -95,8 +97,9 @@ class PromotedInTime(BoundedLoad):
         limit=st.integers(1, 200),
         weight=st.sampled_from([0.0, 4.0]),
         skip_join=st.booleans(),
+        learns=st.booleans(),
     )
-    def build(self, batch, levels, limit, weight, skip_join):
+    def build(self, batch, levels, limit, weight, skip_join, learns):
         self.batch_limit = self.most_waiting = batch
         self.limit_s, self.longest_prompt, self.shortest_step = limit * TICK_S, 100, 1
         self.policy = SkipJoinMlfq(
@@ -104,6 +107,7 @@ class PromotedInTime(BoundedLoad):
             skip_join=skip_join,
             ageing=AbsoluteAgeing(self.limit_s),
             service_weight=weight,
+            lengths=AnswerLengths() if learns else None,
         )
         self.begin()
 
@@ -137,8 +141,24 @@ class TurnsInTime(BoundedLoad):
         shortest=st.sampled_from([1, 8, 30]),
         levels=st.integers(1, 6),
         skip_join=st.booleans(),
+        share=st.sampled_from([None, 0.125, 0.5]),
+        learns=st.booleans(),
     )
-    def build(self, batch, turns, waiting, ratio, gap, limit, longest, shortest, levels, skip_join):
+    def build(
+        self,
+        batch,
+        turns,
+        waiting,
+        ratio,
+        gap,
+        limit,
+        longest,
+        shortest,
+        levels,
+        skip_join,
+        share,
+        learns,
+    ):
         self.batch_limit, self.most_waiting = batch, waiting
         self.longest_prompt, self.shortest_step = longest, shortest
         self.most_turns = min(turns, batch)
@@ -150,6 +170,8 @@ class TurnsInTime(BoundedLoad):
             skip_join=skip_join,
             ageing=self.ageing,
             service_weight=4.0,
+            lengths=AnswerLengths() if learns else None,
+            first_tokens=FirstTokenShare(share) if share else None,
         )
         self.begin()
 

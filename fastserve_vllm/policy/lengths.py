@@ -1,0 +1,88 @@
+"""What a prompt's length tells of the length of its answer, learned from the answers that ended."""
+
+from dataclasses import dataclass
+from math import log2, sqrt
+
+# What is remembered of an answer when the next one ends: 200 answers count in the long run.
+_MEMORY = 0.995
+# A class that fewer answers than this are remembered of is forgotten.
+_LEAST_WEIGHT = 0.1
+# Answers of average length that each class begins with.
+_PRIOR_WEIGHT = 4.0
+_CLASSES_PER_OCTAVE = 2
+
+
+@dataclass(slots=True)
+class _Answers:
+    """Answers to prompts of a class: how many, and the service that they took, seconds."""
+
+    weight: float = 0.0
+    service_s: float = 0.0
+
+
+class AnswerLengths:
+    """Mean service of answers, by classes of prompt lengths, half an octave each.
+
+    Prompts of about the same length often are of the same use, and so are the lengths of their
+    answers; or they tell nothing. What a class says is therefore taken as far as classes have
+    explained answers so far: the share of the variance that is between them (the adjusted
+    coefficient of determination) less a standard deviation of what chance makes of it; at least 0.
+
+    Learning costs O(C) for the C classes, some tens; asking costs nothing.
+
+    Attributes:
+        explained: that share, 0 to 1.
+    """
+
+    def __init__(self) -> None:
+        self.explained = 0.0
+        self._all = _Answers()
+        self._squares = 0.0
+        self._classes: dict[int, _Answers] = {}
+
+    def learn(self, prompt_tokens: int, service_s: float) -> None:
+        """An answer to such a prompt has ended after so many seconds of service.
+
+        Without any it tells nothing: it was given up while it waited.
+        """
+        if not service_s:
+            return
+        self._forget()
+        for answers in (self._all, self._classes.setdefault(_class(prompt_tokens), _Answers())):
+            answers.weight += 1.0
+            answers.service_s += service_s
+        self._squares += service_s * service_s
+        self.explained = self._explained()
+
+    def longer_s(self, prompt_tokens: int) -> float:
+        """Service that the answer is expected to take beyond that of any answer, seconds."""
+        answers = self._classes.get(_class(prompt_tokens))
+        if answers is None or not self.explained:
+            return 0.0
+        beyond_s = answers.service_s - answers.weight * self._all.service_s / self._all.weight
+        return self.explained * beyond_s / (answers.weight + _PRIOR_WEIGHT)
+
+    def _forget(self) -> None:
+        for answers in (self._all, *self._classes.values()):
+            answers.weight *= _MEMORY
+            answers.service_s *= _MEMORY
+        self._squares *= _MEMORY
+        faded = [key for key, seen in self._classes.items() if seen.weight < _LEAST_WEIGHT]
+        for key in faded:
+            del self._classes[key]
+
+    def _explained(self) -> float:
+        count, classes = self._all.weight, len(self._classes)
+        common = self._all.service_s**2 / count
+        total = self._squares - common
+        # All alike but for rounding: there is nothing to explain.
+        if count <= classes or total <= 1e-9 * self._squares:
+            return 0.0
+        between = sum(seen.service_s**2 / seen.weight for seen in self._classes.values()) - common
+        share, spare = 1.0 - between / total, count - classes
+        chance = sqrt(2.0 * (classes - 1)) / spare
+        return max(1.0 - share * (count - 1.0) / spare - chance, 0.0)
+
+
+def _class(prompt_tokens: int) -> int:
+    return round(_CLASSES_PER_OCTAVE * log2(max(prompt_tokens, 1)))

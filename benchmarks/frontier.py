@@ -68,7 +68,7 @@ ARRANGEMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("no ageing", "no ageing", {"starvation_limit_s": "off"}),
     *(
         ("first_token_share", f"share {s:g}", {"first_token_share": s})
-        for s in (0.1, 0.2, 0.3, 0.7, 1)
+        for s in (0.1, 0.2, 0.3, 0.4, 0.5)
     ),
     ("lengths not learned", "lengths not learned", {"learn_lengths": False}),
 )

@@ -68,8 +68,8 @@ class FastServeConfig:
 
     first_token_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the time for which first tokens go before all others, by predicted prefill times;
-    who comes beyond it joins the last level, and ageing gives it a turn. Where prompts are most of
-    the work, a smaller share serves answers better. None: 0.5; `paper`: 1, no bound."""
+    who comes beyond it joins the last level, and relative ageing gives it a turn. Where prompts are
+    most of the work, a smaller share serves answers better. None: 1, first tokens at once."""
 
     learn_lengths: bool | None = None
     """Whether the last level expects answers to be as long as those to prompts of about the same

@@ -40,7 +40,7 @@ class Arrangement:
     num_levels: int = 7
     quantum_ratio: float = 2.1
     service_weight: float = 50.0
-    first_token_share: float = 0.5
+    first_token_share: float = 1.0
     learn_lengths: bool = True
     ageing: AgeingRule = "relative"
     ageing_ratio: float = 20.0
@@ -55,7 +55,6 @@ ARRANGEMENTS: dict[Objective, Arrangement] = {
         num_levels=64,
         quantum_ratio=2.0,
         service_weight=0.0,
-        first_token_share=1.0,
         learn_lengths=False,
         ageing="absolute",
         starvation_limit_s=0.3,

@@ -35,7 +35,7 @@ def test_the_default_is_balanced():
     assert policy.skip_join
     assert policy.service_weight > 0
     assert policy.lengths.explained == 0
-    assert 0 < policy.first_tokens.share < 1
+    assert policy.first_tokens is None
     assert isinstance(policy.ageing, RelativeAgeing)
     assert policy.ageing.ratio > 0
     assert 0 < policy.ageing.gap_s < policy.ageing.limit_s < math.inf

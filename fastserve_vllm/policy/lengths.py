@@ -39,14 +39,27 @@ class AnswerLengths:
         self._all = _Answers()
         self._squares = 0.0
         self._classes: dict[int, _Answers] = {}
+        self._ended: list[tuple[int, float]] = []
+
+    def end(self, prompt_tokens: int, service_s: float, *, running: bool) -> None:
+        """An answer to such a prompt has ended after so much service as was charged so far.
+
+        If it ran, the steps charged next were its last ones. Without service it tells nothing: it
+        was given up while it waited.
+        """
+        if running:
+            self._ended.append((prompt_tokens, service_s))
+        elif service_s:
+            self.learn(prompt_tokens, service_s)
+
+    def charge(self, step_s: float) -> None:
+        """The steps in which the last ones ran have been charged."""
+        for prompt_tokens, service_s in self._ended:
+            self.learn(prompt_tokens, service_s + step_s)
+        self._ended.clear()
 
     def learn(self, prompt_tokens: int, service_s: float) -> None:
-        """An answer to such a prompt has ended after so many seconds of service.
-
-        Without any it tells nothing: it was given up while it waited.
-        """
-        if not service_s:
-            return
+        """An answer to such a prompt took so many seconds of service."""
         self._forget()
         for answers in (self._all, self._classes.setdefault(_class(prompt_tokens), _Answers())):
             answers.weight += 1.0

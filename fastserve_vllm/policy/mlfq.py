@@ -109,7 +109,9 @@ class SkipJoinMlfq:
     def leave(self, job: Job) -> None:
         """Forget the job, but for how long its answer was, however it ended."""
         if self.lengths is not None:
-            self.lengths.learn(job.prompt_tokens, self._served_s(job, self._service_s))
+            running = job.state is JobState.RUNNING
+            served_s = self._served_s(job, self._service_s)
+            self.lengths.end(job.prompt_tokens, served_s, running=running)
         self.level_sizes[job.level] -= 1
         withdraw(job)
         self._expiries.discard(job)
@@ -139,6 +141,8 @@ class SkipJoinMlfq:
         One whose turn ends returns to its place, and moves down if that was its quantum, too.
         """
         self._service_s += step_s
+        if self.lengths is not None:
+            self.lengths.charge(step_s)
         moved = []
         for job in self._expiries.pop_due(self._service_s):
             self._settle(job)
@@ -188,10 +192,7 @@ class SkipJoinMlfq:
         return self._key(job, self._service_s)
 
     def promote_starved(self, now_s: float) -> Sequence[Job]:
-        """Raise the jobs that have waited for as long as ageing lets them.
-
-        Relative ageing gives them a turn, the absolute rule moves them to level 0.
-        """
+        """Raise who has waited for long: to a turn, or by the absolute rule to level 0."""
         if isinstance(self.ageing, RelativeAgeing):
             return self._give_turns(self.ageing, now_s)
         raised: list[Job] = []
@@ -279,10 +280,7 @@ class SkipJoinMlfq:
             self._first_due_s = self.ageing.first_due_s(ladder.base_s)
 
     def _join_level(self, job: Job, now_s: float) -> int:
-        """Where skip-join puts the job: above the last level, for that has no first token soon.
-
-        Not so where first tokens have had their share of the time, as of the gap's bound.
-        """
+        """Above the last level, unless first tokens have had their share of the time."""
         bucket, last = self.first_tokens, self.ladder.last_level
         if bucket is not None and not bucket.takes(job.first_step_s, now_s, self.gap_s):
             return last

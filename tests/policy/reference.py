@@ -138,7 +138,7 @@ class NaiveMlfq:
     def leave(self, job: Job) -> None:
         record = self.records.pop(job)
         if self.lengths is not None:
-            self.lengths.learn(job.prompt_tokens, record.served_s)
+            self.lengths.end(job.prompt_tokens, record.served_s, running=record.running)
 
     def start(self, job: Job) -> None:
         record = self.records[job]
@@ -156,6 +156,8 @@ class NaiveMlfq:
 
     def charge(self, step_s: float) -> None:
         over = []
+        if self.lengths is not None:
+            self.lengths.charge(step_s)
         for record in self.records.values():
             if record.running:
                 record.attained_s += step_s

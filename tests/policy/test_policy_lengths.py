@@ -98,8 +98,23 @@ def test_what_was_given_up_while_it_waited_tells_nothing():
     """Nothing is forgotten for it either."""
     lengths = learned([(10, 1.0), (1000, 5.0)] * 20)
     before = lengths.longer_s(1000)
-    lengths.learn(1000, 0.0)
+    lengths.end(1000, 0.0, running=False)
     assert lengths.longer_s(1000) == before
+    lengths.end(1000, 9.0, running=False)
+    assert lengths.longer_s(1000) != before
+
+
+def test_the_last_steps_of_an_answer_count():
+    """One that ran when it ended is charged the steps that end with it, and then it is learned."""
+    lengths, at_once = AnswerLengths(), learned([(10, 1.0), (1000, 5.0)] * 20)
+    for _ in range(20):
+        lengths.end(10, 0.5, running=True)
+        lengths.charge(0.5)
+        lengths.end(1000, 4.0, running=True)
+        lengths.charge(1.0)
+    assert lengths.longer_s(10) == at_once.longer_s(10)
+    lengths.charge(7.0)
+    assert lengths.longer_s(10) == at_once.longer_s(10)
 
 
 def test_it_follows_a_change():

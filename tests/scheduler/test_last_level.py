@@ -60,6 +60,8 @@ def test_an_abort_while_it_waits_teaches_nothing(make_engine):
     engine.step()
     assert policy_of(engine).lengths._all.weight == 0
     engine.abort("runs")
+    for _ in range(2):
+        engine.step()
     assert policy_of(engine).lengths._all.weight == 1
 
 

@@ -67,9 +67,10 @@ class FastServeConfig:
     order. None: 50; `paper`: 0."""
 
     first_token_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the time for which first tokens go before all others, by predicted prefill times;
-    who comes beyond it joins the last level, and relative ageing gives it a turn. Where prompts are
-    most of the work, a smaller share serves answers better. None: 1, first tokens at once."""
+    """Share of the time for which first tokens may hold up others: prefills, as predicted, beyond a
+    decode step of a full batch. Who comes beyond it joins the last level, and relative ageing gives
+    it a turn. Where prompts are most of the work, a smaller share serves answers better. None: 1,
+    first tokens at once."""
 
     learn_lengths: bool | None = None
     """Whether the last level expects answers to be as long as those to prompts of about the same

@@ -133,7 +133,8 @@ class NaiveMlfq:
         if self.first_tokens is None or not isinstance(ageing, RelativeAgeing):
             return True
         gap_s = max(ageing.gap_s, ageing.gap_quanta * self.ladder.base_s)
-        return self.first_tokens.takes(job.first_step_s, now_s, min(gap_s, ageing.limit_s))
+        hold_up_s = job.first_step_s - min(self.ladder.base_s, job.first_step_s)
+        return self.first_tokens.takes(hold_up_s, now_s, min(gap_s, ageing.limit_s))
 
     def leave(self, job: Job) -> None:
         record = self.records.pop(job)

@@ -43,7 +43,8 @@ def test_short_ones_fit_where_long_ones_do_not():
     assert not bucket.takes(1.5, 0.0, 4.0)
     assert bucket.takes(1.0, 0.0, 4.0)
     assert not bucket.takes(0.25, 0.0, 4.0)
-    # A second drains half a second.
+    # Who holds nobody up needs no room. A second drains half a second.
+    assert bucket.takes(0.0, 0.0, 4.0)
     assert not bucket.takes(0.75, 1.0, 4.0)
     assert bucket.takes(0.5, 1.0, 4.0)
 
@@ -57,14 +58,14 @@ def test_an_empty_bucket_takes_any():
 
 
 def crowd(ageing, **options) -> Stage:
-    """Four prompts at once, of two seconds each: in a window, four seconds are for first tokens."""
+    """Four prompts at once, each two seconds longer than a step: in a window there are four."""
     policy = SkipJoinMlfq(
         QuantumLadder(1.0, 2.0, LAST + 1), ageing=ageing, service_weight=1.0, **options
     )
     stage = Stage(policy)
     for name in "abcd":
         # The planner knows what the first step takes before the job joins.
-        stage.add(name, output=30, first_step_s=2.0)
+        stage.add(name, output=30, first_step_s=3.0)
     return stage
 
 
@@ -78,9 +79,9 @@ def levels(stage: Stage) -> list[int]:
 def test_beyond_the_share_a_job_joins_the_last_level():
     """Skip-join puts the others where their first step fits."""
     stage = crowd(RELATIVE, first_tokens=FirstTokenShare(0.5))
-    assert levels(stage) == [1, 1, LAST, LAST]
+    assert levels(stage) == [2, 2, LAST, LAST]
     assert stage.planner.policy.skip_joins == 4
-    assert levels(crowd(RELATIVE)) == [1, 1, 1, 1]
+    assert levels(crowd(RELATIVE)) == [2, 2, 2, 2]
 
 
 def test_it_has_its_first_token_in_a_turn():
@@ -98,8 +99,8 @@ def test_it_has_its_first_token_in_a_turn():
 def test_without_turns_nobody_is_put_off():
     """The absolute rule promotes to the highest level; nothing bounds the gap."""
     share = FirstTokenShare(0.5)
-    assert levels(crowd(AbsoluteAgeing(8.0), first_tokens=share)) == [1, 1, 1, 1]
-    assert levels(crowd(None, first_tokens=share)) == [1, 1, 1, 1]
+    assert levels(crowd(AbsoluteAgeing(8.0), first_tokens=share)) == [2, 2, 2, 2]
+    assert levels(crowd(None, first_tokens=share)) == [2, 2, 2, 2]
 
 
 def test_without_skip_join_nobody_is_put_off():

@@ -37,7 +37,7 @@ class SkipJoinMlfq:
             in any case; otherwise at level 0 (the naive MLFQ of the paper's figure 16).
         ageing: what becomes of jobs that wait long; None: nothing.
         service_weight: seconds of age that a second of service counts for in the last level.
-        lengths: learns from the answers that end in the last level; None: all are expected alike.
+        lengths: learns from the answers that end, for the last level; None: all are alike.
         first_tokens: with skip-join, who has no room there joins the last level.
     """
 

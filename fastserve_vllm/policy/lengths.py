@@ -28,14 +28,10 @@ class AnswerLengths:
     explained answers so far: the share of the variance that is between them (the adjusted
     coefficient of determination) less a standard deviation of what chance makes of it; at least 0.
 
-    Learning costs O(C) for the C classes, some tens; asking costs nothing.
-
-    Attributes:
-        explained: that share, 0 to 1.
+    Learning and asking cost O(C) for the C classes, some tens.
     """
 
     def __init__(self) -> None:
-        self.explained = 0.0
         self._all = _Answers()
         self._squares = 0.0
         self._classes: dict[int, _Answers] = {}
@@ -65,36 +61,40 @@ class AnswerLengths:
             answers.weight += 1.0
             answers.service_s += service_s
         self._squares += service_s * service_s
-        self.explained = self._explained()
 
     def longer_s(self, prompt_tokens: int) -> float:
         """Service that the answer is expected to take beyond that of any answer, seconds."""
         answers = self._classes.get(_class(prompt_tokens))
-        if answers is None or not self.explained:
+        if answers is None:
             return 0.0
         beyond_s = answers.service_s - answers.weight * self._all.service_s / self._all.weight
         return self.explained * beyond_s / (answers.weight + _PRIOR_WEIGHT)
+
+    @property
+    def explained(self) -> float:
+        """How far classes are believed, 0 to 1."""
+        count, classes = self._all.weight, len(self._classes)
+        spare = count - classes
+        if spare <= 0:
+            return 0.0
+        common = self._all.service_s**2 / count
+        total = self._squares - common
+        # All alike but for rounding: there is nothing to explain.
+        if total <= 1e-9 * self._squares:
+            return 0.0
+        between = sum(seen.service_s**2 / seen.weight for seen in self._classes.values()) - common
+        unexplained = (1.0 - between / total) * (count - 1.0) / spare
+        chance = sqrt(2.0 * (classes - 1)) / spare
+        return max(1.0 - unexplained - chance, 0.0)
 
     def _forget(self) -> None:
         for answers in (self._all, *self._classes.values()):
             answers.weight *= _MEMORY
             answers.service_s *= _MEMORY
         self._squares *= _MEMORY
-        faded = [key for key, seen in self._classes.items() if seen.weight < _LEAST_WEIGHT]
-        for key in faded:
-            del self._classes[key]
-
-    def _explained(self) -> float:
-        count, classes = self._all.weight, len(self._classes)
-        common = self._all.service_s**2 / count
-        total = self._squares - common
-        # All alike but for rounding: there is nothing to explain.
-        if count <= classes or total <= 1e-9 * self._squares:
-            return 0.0
-        between = sum(seen.service_s**2 / seen.weight for seen in self._classes.values()) - common
-        share, spare = 1.0 - between / total, count - classes
-        chance = sqrt(2.0 * (classes - 1)) / spare
-        return max(1.0 - share * (count - 1.0) / spare - chance, 0.0)
+        self._classes = {
+            key: seen for key, seen in self._classes.items() if seen.weight >= _LEAST_WEIGHT
+        }
 
 
 def _class(prompt_tokens: int) -> int:

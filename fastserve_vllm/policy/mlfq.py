@@ -282,10 +282,11 @@ class SkipJoinMlfq:
     def _join_level(self, job: Job, now_s: float) -> int:
         """Above the last level, unless first tokens have had their share of the time."""
         bucket, last = self.first_tokens, self.ladder.last_level
-        # A prompt no longer than a decode step of a full batch holds nobody up.
-        hold_up_s = max(job.first_step_s - self.ladder.base_s, 0.0)
-        if bucket is not None and not bucket.takes(hold_up_s, now_s, self.gap_s):
-            return last
+        if bucket is not None:
+            # A first step no longer than a decode step of a full batch holds nobody up.
+            hold_up_s = max(job.first_step_s - self.ladder.base_s, 0.0)
+            if not bucket.takes(hold_up_s, now_s, self.gap_s):
+                return last
         return min(self.ladder.join_level(job.first_step_s), max(last - 1, 0))
 
     def _quantum_s(self, job: Job) -> float:

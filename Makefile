@@ -25,7 +25,8 @@ TINY_MODEL := .models/tiny-llama
 MODEL ?= $(DEFAULT_MODEL)
 ARGS ?=
 SCHEDULER_ARGS ?= --scheduler fastserve
-PYTEST_ARGS ?=
+# Two files at a time: engines mostly use one core, and each takes up to 2 GiB.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 EXACT_ARGS ?=
 DISTRIBUTED_ARGS ?=
 BENCH := results/bench

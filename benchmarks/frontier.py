@@ -55,6 +55,8 @@ import matplotlib.pyplot as plt
 
 FCFS = "fcfs"
 ORACLE = "srpt-oracle"
+# What knowing the lengths would be worth if everybody got a first token at once all the same.
+FIRST_TOKENS_ORACLE = "first tokens, then srpt-oracle"
 # Family, name, configuration. Families share a colour, and a line where they are sweeps.
 ARRANGEMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("objectives", "balanced", {}),
@@ -65,7 +67,17 @@ ARRANGEMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     *(("quantum_ratio", f"ratio {r:g}", {"quantum_ratio": r}) for r in (1.8, 2, 2.5)),
     *(("max_token_gap_s", f"gap {s:g} s", {"max_token_gap_s": s}) for s in (0.1, 0.2, 0.8, 1.6, 3)),
     *(("service_weight", f"weight {w}", {"service_weight": w}) for w in (0, 20, 300, 1000)),
+    *(
+        ("service_weight 300", f"{n} levels, weight 300", {"num_levels": n, "service_weight": 300})
+        for n in (4, 5, 6)
+    ),
     ("no ageing", "no ageing", {"starvation_limit_s": "off"}),
+    # What the first token at once costs by itself.
+    (
+        "first tokens, then FCFS",
+        "first tokens, then fcfs",
+        {"num_levels": 2, "service_weight": 0, "starvation_limit_s": "off"},
+    ),
     *(
         ("first_token_share", f"share {s:g}", {"first_token_share": s})
         for s in (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -143,6 +155,9 @@ def _one_seed(task: tuple[argparse.Namespace, list[TraceRow], int]) -> dict[str,
     runs = {
         FCFS: run(config=fcfs),
         ORACLE: run(config=fcfs, policy=SrptOracle(left_in_simulation)),
+        FIRST_TOKENS_ORACLE: run(
+            config=fcfs, policy=SrptOracle(left_in_simulation, first_tokens=True)
+        ),
     }
     for _, name, config in ARRANGEMENTS:
         runs[name] = run(config=FastServeConfig.parse({"swap_mode": "recompute", **config}))
@@ -226,7 +241,7 @@ def _draw_plane(
         marker = "o" if family == "objectives" else "."
         line = "" if family == "objectives" else "-"
         axis.plot(*zip(*points, strict=True), marker=marker, linestyle=line, label=family)
-    for name, marker in ((FCFS, "s"), (ORACLE, "*")):
+    for name, marker in ((FCFS, "s"), (ORACLE, "*"), (FIRST_TOKENS_ORACLE, "P")):
         axis.plot(simulated[name][across], simulated[name]["e2e mean"], marker, label=name)
     for name in (FCFS, ORACLE, "balanced", "smooth", "paper"):
         place = (simulated[name][across], simulated[name]["e2e mean"])

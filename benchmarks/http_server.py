@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import IO
 
 from benchmarks.engine import SMALL_MACHINE_ENVIRONMENT, EngineShape
 from benchmarks.systems import System, flags_of
+from benchmarks.used_pool import plugin_environment
 
 SERVED_NAME = "benchmark"
 _SERVER_ENVIRONMENT = {
@@ -58,7 +59,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def serving(shape: EngineShape, system: System, log: Path) -> Iterator[Server]:
-    """Run a server for the length of the block; its output goes to `log`.
+    """Run a server for the length of the block; its output goes to `log`, a plugin beside it.
 
     Raises ValueError for a system without a command line, RuntimeError if the server dies.
     """
@@ -68,7 +69,7 @@ def serving(shape: EngineShape, system: System, log: Path) -> Iterator[Server]:
     command += ["--disable-uvicorn-access-log", *flags_of(shape.arguments())]
     command += system.serve_arguments()
     with log.open("w", encoding="utf-8") as output:
-        process = _start(command, output)
+        process = _start(command, output, plugin_environment(log.parent / "plugins"))
         try:
             server = Server(f"http://127.0.0.1:{port}", shape.model, process.pid)
             _wait_until_ready(process, server, log)
@@ -77,13 +78,15 @@ def serving(shape: EngineShape, system: System, log: Path) -> Iterator[Server]:
             _stop(process)
 
 
-def _start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[str]:
+def _start(
+    command: Sequence[str], output: IO[str], variables: Mapping[str, str]
+) -> subprocess.Popen[str]:
     # A session of its own, so that stopping reaches the engine process too.
     return subprocess.Popen(
         command,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=environment() | _SERVER_ENVIRONMENT,
+        env=environment() | _SERVER_ENVIRONMENT | variables,
         text=True,
         start_new_session=True,
     )

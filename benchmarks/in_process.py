@@ -22,6 +22,7 @@ from benchmarks.result import RunResult, result_of
 from benchmarks.serving import Clock, Feeder, Served
 from benchmarks.step_fit import fit_steps
 from benchmarks.timeline import Timeline
+from benchmarks.used_pool import shuffle
 from benchmarks.virtual_clock import VirtualClock
 from benchmarks.virtual_copies import VirtualCopies, block_seconds
 from benchmarks.virtual_time import VirtualTime
@@ -103,6 +104,8 @@ def _measure(plan: Plan) -> _Measured:
     with in_process_engine(plan.shape, arguments) as llm:
         scheduler = scheduler_of(llm)
         virtual_clock, step_time = _virtual_time(plan, scheduler) if virtual else (None, WallTime())
+        if not virtual:
+            shuffle(scheduler.kv_cache_manager.block_pool)
         if plan.system.oracle == "policy":
             from benchmarks import oracle
 

@@ -19,16 +19,23 @@ class SrptOracle(StaticPolicy):
 
     Args:
         left: prompt tokens and output tokens of a job that are still to be computed.
+        first_tokens: who has not been prefilled goes before everybody else, in order of arrival.
     """
 
-    def __init__(self, left: Callable[[Job], tuple[int, int]]) -> None:
+    def __init__(
+        self, left: Callable[[Job], tuple[int, int]], *, first_tokens: bool = False
+    ) -> None:
         super().__init__()
         self._left = left
+        self._first_tokens = first_tokens
         self._running: dict[Job, None] = {}
 
     def key(self, job: Job) -> tuple[float, ...]:
-        """(priority, seconds of work left, arrival)."""
-        return (job.priority, VIRTUAL(*self._left(job)), job.arrival)
+        """(priority, whether it has been prefilled, seconds of work left, arrival)."""
+        prompt_left, output_left = self._left(job)
+        if self._first_tokens and prompt_left:
+            return (job.priority, 0, 0.0, job.arrival)
+        return (job.priority, 1, VIRTUAL(prompt_left, output_left), job.arrival)
 
     def start(self, job: Job) -> None:
         """Its remaining work shrinks from now on."""

@@ -1,0 +1,49 @@
+"""KV blocks as a server hands them out that has run for long: in no order.
+
+A fresh engine hands out its blocks one after the other, so the requests of a batch lie close
+together until the pool has been through some thousand requests. On a CPU that makes attention
+cheaper, the more so the fewer requests hold KV cache: not for as long as a server runs, but for as
+long as a benchmark does. So what is measured on the wall's clock begins with blocks in no order.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+_SEED = 0
+_ENTRY_POINTS = "[vllm.general_plugins]\nused_pool = benchmarks.used_pool:install\n"
+_METADATA = "Metadata-Version: 2.1\nName: used-pool\nVersion: 0\n"
+
+
+def shuffle(pool: Any) -> None:
+    """Put the free blocks of vLLM's block pool into an order that is always the same."""
+    blocks = pool.get_new_blocks(pool.get_num_free_blocks())
+    random.Random(_SEED).shuffle(blocks)
+    pool.free_blocks(blocks)
+
+
+def install() -> None:
+    """Shuffle every block pool that this process makes from now on."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    make: Any = BlockPool.__init__
+
+    def make_used(pool: Any, *args: Any, **kwargs: Any) -> None:
+        make(pool, *args, **kwargs)
+        shuffle(pool)
+
+    BlockPool.__init__ = make_used  # type: ignore[method-assign]
+
+
+def plugin_environment(folder: Path) -> dict[str, str]:
+    """Variables that have vLLM's processes call `install`, by a plugin of vLLM's in `folder`."""
+    plugin = folder / "used_pool-0.dist-info"
+    plugin.mkdir(parents=True, exist_ok=True)
+    (plugin / "METADATA").write_text(_METADATA, encoding="utf-8")
+    (plugin / "entry_points.txt").write_text(_ENTRY_POINTS, encoding="utf-8")
+    root = Path(__file__).parent.parent
+    paths = [str(folder.resolve()), str(root), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -21,21 +21,28 @@ _METADATA = "Metadata-Version: 2.1\nName: used-pool\nVersion: 0\n"
 def shuffle(pool: Any) -> None:
     """Put the free blocks of vLLM's block pool into an order that is always the same."""
     blocks = pool.get_new_blocks(pool.get_num_free_blocks())
-    random.Random(_SEED).shuffle(blocks)
+    _random().shuffle(blocks)
     pool.free_blocks(blocks)
 
 
 def install() -> None:
-    """Shuffle every block pool that this process makes from now on."""
-    from vllm.v1.core.block_pool import BlockPool
+    """Let every block pool that this process makes from now on begin with blocks in that order."""
+    from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue as Queue
 
-    make: Any = BlockPool.__init__
+    # Not the pool's: FastServe looks into that one before it relies on it.
+    make: Any = Queue.__init__
 
-    def make_used(pool: Any, *args: Any, **kwargs: Any) -> None:
-        make(pool, *args, **kwargs)
-        shuffle(pool)
+    def make_used(queue: Any, blocks: list[Any]) -> None:
+        # The first one becomes the null block.
+        first, *others = blocks
+        _random().shuffle(others)
+        make(queue, [first, *others])
 
-    BlockPool.__init__ = make_used  # type: ignore[method-assign]
+    setattr(Queue, "__init__", make_used)  # noqa: B010 - a type checker forbids the other way
+
+
+def _random() -> random.Random:
+    return random.Random(_SEED)
 
 
 def plugin_environment(folder: Path) -> dict[str, str]:

@@ -13,6 +13,8 @@ BLOCKS = 64
 IN_VLLM = """
 from vllm.plugins import load_general_plugins
 load_general_plugins()
+from fastserve_vllm import host
+host.check()
 from vllm.v1.core.block_pool import BlockPool
 pool = BlockPool(64, enable_caching=True, hash_block_size=16)
 print("ids", *[block.block_id for block in pool.get_new_blocks(63)])
@@ -31,7 +33,10 @@ def test_free_blocks_are_in_no_order():
 
 
 def test_vllm_finds_the_plugin(tmp_path, subprocess_env):
-    """In whatever process it loads its plugins, the pools are in the order of `shuffle`."""
+    """In whatever process it loads its plugins, the pools are in the order of `shuffle`.
+
+    FastServe starts on such a vLLM: it looks into the block pool first.
+    """
     pool = BlockPool(BLOCKS, enable_caching=True, hash_block_size=16)
     shuffle(pool)
     expected = [block.block_id for block in pool.get_new_blocks(BLOCKS - 1)]

@@ -44,6 +44,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--jobs: points on the wall's clock run one at a time")
     if args.side_by_side and (not args.http or args.all_at_once):
         parser.error("--side-by-side is for --http with --loads")
+    if args.pace is not None and not args.http:
+        parser.error("--pace is for --http")
     if args.all_at_once and args.loads:
         parser.error("--all-at-once and --loads exclude each other")
     args.clock = "wall" if args.http else args.clock or "virtual"
@@ -117,6 +119,13 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "--side-by-side",
         action="store_true",
         help="--http: the systems of a load at the same time, a share of the cores each",
+    )
+    group.add_argument(
+        "--pace",
+        type=_positive,
+        metavar="TIMES",
+        help="--http: steps last so many times as long as on the virtual clock, and leave the CPU "
+        "free until then, as an accelerator's do",
     )
     group.add_argument(
         "--copy-ratio",
@@ -234,7 +243,13 @@ def _shape(
     else:
         blocks = ample_kv_blocks(rows, workloads.values(), block_size, max_len)
     return EngineShape(
-        model_folder(args.model), args.batch, blocks, block_size, max_len, further=args.engine_args
+        model_folder(args.model),
+        args.batch,
+        blocks,
+        block_size,
+        max_len,
+        further=args.engine_args,
+        pace=args.pace,
     )
 
 
@@ -244,8 +259,9 @@ def _config(args: argparse.Namespace, shape: EngineShape, demand: int) -> dict[s
     return {
         "clock": args.clock,
         "http": args.http,
-        # Left out elsewhere: what was measured before this choice stays comparable.
+        # Left out elsewhere: what was measured before these choices stays comparable.
         **({"side_by_side": True} if args.side_by_side else {}),
+        **({} if args.pace is None else {"pace": args.pace}),
         "regime": args.regime,
         "trace": {"built_in": args.workload} if args.workload else fingerprint(args.trace),
         "scale": {"prompts": args.scale_prompts, "outputs": args.scale_outputs},

@@ -43,8 +43,9 @@ VIRTUAL_ARGUMENTS = {"async_scheduling": False}
 class EngineShape:
     """The engine's size, the same for every system that is compared.
 
-    `arguments` are further engine arguments, which replace the ones given here. Raises InputError
-    for KV blocks that cannot hold one longest request.
+    `further` are engine arguments which replace the ones given here; `pace`, over HTTP, is how many
+    times as long as on the virtual clock steps are to last, None: as long as they take. Raises
+    InputError for KV blocks that cannot hold one longest request.
     """
 
     model: Path
@@ -55,6 +56,7 @@ class EngineShape:
     max_batched_tokens: int = 2048
     kv_cache_memory_bytes: int = 1 << 28
     further: Mapping[str, Any] = field(default_factory=dict)
+    pace: float | None = None
 
     def __post_init__(self) -> None:
         if self.kv_blocks < fewest_kv_blocks(self.block_size, self.max_model_len):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.engine import SMALL_MACHINE_ENVIRONMENT, EngineShape
+from benchmarks.plugins import plugin_environment
 from benchmarks.systems import System, flags_of
-from benchmarks.used_pool import plugin_environment
 
 SERVED_NAME = "benchmark"
 _SERVER_ENVIRONMENT = {
@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def serving(shape: EngineShape, system: System, log: Path) -> Iterator[Server]:
-    """Run a server for the length of the block; its output goes to `log`, a plugin beside it.
+    """Run a server for the length of the block; its output goes to `log`, plugins beside it.
 
     Raises ValueError for a system without a command line, RuntimeError if the server dies.
     """
@@ -69,7 +69,8 @@ def serving(shape: EngineShape, system: System, log: Path) -> Iterator[Server]:
     command += ["--disable-uvicorn-access-log", *flags_of(shape.arguments())]
     command += system.serve_arguments()
     with log.open("w", encoding="utf-8") as output:
-        process = _start(command, output, plugin_environment(log.parent / "plugins"))
+        plugins = plugin_environment(log.parent / "plugins", shape.pace)
+        process = _start(command, output, plugins)
         try:
             server = Server(f"http://127.0.0.1:{port}", shape.model, process.pid)
             _wait_until_ready(process, server, log)

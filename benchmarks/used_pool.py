@@ -8,14 +8,10 @@ long as a benchmark does. So what is measured on the wall's clock begins with bl
 
 from __future__ import annotations
 
-import os
 import random
-from pathlib import Path
 from typing import Any
 
 _SEED = 0
-_ENTRY_POINTS = "[vllm.general_plugins]\nused_pool = benchmarks.used_pool:install\n"
-_METADATA = "Metadata-Version: 2.1\nName: used-pool\nVersion: 0\n"
 
 
 def shuffle(pool: Any) -> None:
@@ -43,14 +39,3 @@ def install() -> None:
 
 def _random() -> random.Random:
     return random.Random(_SEED)
-
-
-def plugin_environment(folder: Path) -> dict[str, str]:
-    """Variables that have vLLM's processes call `install`, by a plugin of vLLM's in `folder`."""
-    plugin = folder / "used_pool-0.dist-info"
-    plugin.mkdir(parents=True, exist_ok=True)
-    (plugin / "METADATA").write_text(_METADATA, encoding="utf-8")
-    (plugin / "entry_points.txt").write_text(_ENTRY_POINTS, encoding="utf-8")
-    root = Path(__file__).parent.parent
-    paths = [str(folder.resolve()), str(root), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -194,6 +194,8 @@ def test_side_by_side_wants_a_core_for_each(trace, tmp_path, tiny_model, monkeyp
         (["--loads", "1", "--all-at-once"], "exclude each other"),
         (["--loads", "1", "--side-by-side"], "--http with --loads"),
         (["--all-at-once", "--http", "--side-by-side"], "--http with --loads"),
+        (["--pace", "4"], "--pace is for --http"),
+        (["--http", "--pace", "0"], "must be a number above 0"),
         (["--engine-args", "[1]"], "a JSON object"),
     ],
 )

@@ -7,7 +7,8 @@ import sys
 import pytest
 from vllm.v1.core.block_pool import BlockPool
 
-from benchmarks.used_pool import plugin_environment, shuffle
+from benchmarks.plugins import plugin_environment
+from benchmarks.used_pool import shuffle
 
 BLOCKS = 64
 IN_VLLM = """
@@ -42,7 +43,7 @@ def test_vllm_finds_the_plugin(tmp_path, subprocess_env):
     expected = [block.block_id for block in pool.get_new_blocks(BLOCKS - 1)]
     done = subprocess.run(
         [sys.executable, "-c", IN_VLLM],
-        env=subprocess_env | plugin_environment(tmp_path),
+        env=subprocess_env | plugin_environment(tmp_path, None),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,0 +1,80 @@
+"""Steps that last as long as an accelerator's might, on a machine without one.
+
+The real engine serves real HTTP on the wall's clock, and a tiny model computes its tokens on the
+CPU. But a step is over when the virtual clock's model of steps says so, and the next one is
+scheduled meanwhile. So the scheduler, the API server and the client have the time that an
+accelerator leaves them, and nothing depends on caches which they share with the forward pass on a
+CPU. It says nothing about how fast an accelerator is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from benchmarks.virtual_clock import StepShape
+
+_VARIABLE = "FASTSERVE_BENCHMARK_PACE"
+
+
+class Pace:
+    """When steps end on a device that computes one after the other.
+
+    Args:
+        times: how many times as long as on the virtual clock a step takes.
+        clock: reads seconds.
+        sleep: sleeps for seconds.
+
+    Attributes:
+        computed_s: what all steps were to take.
+        held_up_s: how long the machine was too slow for that: steps that were handed over after
+            the end of one whose output was still to be taken, and outputs that were not there.
+    """
+
+    def __init__(
+        self,
+        times: float,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.computed_s = 0.0
+        self.held_up_s = 0.0
+        self._times = times
+        self._clock = clock
+        self._sleep = sleep
+        self._free_s = clock()
+        self._to_take = 0
+
+    def begin(self, shape: StepShape) -> float:
+        """Hand the device a step; the moment at which it is to have computed it."""
+        now_s = self._clock()
+        if self._to_take:
+            self.held_up_s += max(now_s - self._free_s, 0.0)
+        step_s = self._times * shape.seconds
+        self.computed_s += step_s
+        self._free_s = max(self._free_s, now_s) + step_s
+        self._to_take += 1
+        return self._free_s
+
+    def take(self, end_s: float) -> None:
+        """Wait for the end of a step whose output is there."""
+        late_s = self._clock() - end_s
+        self.held_up_s += max(late_s, 0.0)
+        self._to_take -= 1
+        self._sleep(max(-late_s, 0.0))
+
+
+def variables(times: float) -> dict[str, str]:
+    """Environment of a server whose plugins include `platform`."""
+    return {_VARIABLE: str(times)}
+
+
+def pace_of_environment() -> Pace:
+    """The pace that `variables` asked for."""
+    return Pace(float(os.environ[_VARIABLE]))
+
+
+def platform() -> str:
+    """A platform plugin of vLLM's: the name of the class that is to be the platform."""
+    return "benchmarks.paced_platform.PacedPlatform"

@@ -42,6 +42,7 @@ class Server:
     base_url: str
     model: Path
     session: int
+    plugins: Path
 
 
 def vllm_command() -> str:
@@ -69,10 +70,10 @@ def serving(shape: EngineShape, system: System, log: Path) -> Iterator[Server]:
     command += ["--disable-uvicorn-access-log", *flags_of(shape.arguments())]
     command += system.serve_arguments()
     with log.open("w", encoding="utf-8") as output:
-        plugins = plugin_environment(log.parent / "plugins", shape.pace)
-        process = _start(command, output, plugins)
+        plugins = log.parent / "plugins"
+        process = _start(command, output, plugin_environment(plugins, shape.pace))
         try:
-            server = Server(f"http://127.0.0.1:{port}", shape.model, process.pid)
+            server = Server(f"http://127.0.0.1:{port}", shape.model, process.pid, plugins)
             _wait_until_ready(process, server, log)
             yield server
         finally:

@@ -15,6 +15,7 @@ from benchmarks.http_server import Server, serving
 from benchmarks.machine import Interference, SpeedProbe, processes_of_session
 from benchmarks.meter import increase
 from benchmarks.metrics import preemption_figures
+from benchmarks.pace import held_up_share, read_report
 from benchmarks.plan import Plan
 from benchmarks.result import RunResult, result_of
 from benchmarks.store import point_name
@@ -57,12 +58,13 @@ def run_point(plan: Plan, folder: Path) -> RunResult:
         if idle is None:
             sent = bench.send(alone.alone_requests(), f"alone-{plan.seed}", one_by_one=True)
             idle = alone.measured(sent.records)
-        before = read_counters(server.base_url)
+        before, paced = read_counters(server.base_url), read_report(server.plugins)
         interference = Interference(processes_of_session(server.session))
         with SpeedProbe() as probe:
             sent = bench.send(plan.requests, f"load-{plan.seed}")
         machine = {**interference.figures(), **probe.figures()}
         counters = increase(read_counters(server.base_url), before)
+        machine |= held_up_share(increase(read_report(server.plugins), paced))
     return result_of(
         plan,
         sent.records,

@@ -9,13 +9,20 @@ CPU. It says nothing about how fast an accelerator is.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from benchmarks.manifest import write_json
 from benchmarks.virtual_clock import StepShape
 
-_VARIABLE = "FASTSERVE_BENCHMARK_PACE"
+_TIMES_VARIABLE = "FASTSERVE_BENCHMARK_PACE"
+_REPORT_VARIABLE = "FASTSERVE_BENCHMARK_PACE_REPORT"
+_REPORT = "pace.json"
+# vLLM may kill its engine before it has shut down, so a report is written while it serves.
+_REPORT_SECONDS = 1.0
 
 
 class Pace:
@@ -25,6 +32,7 @@ class Pace:
         times: how many times as long as on the virtual clock a step takes.
         clock: reads seconds.
         sleep: sleeps for seconds.
+        report: file for the two figures below, written about every second; None: none.
 
     Attributes:
         computed_s: what all steps were to take.
@@ -37,13 +45,15 @@ class Pace:
         times: float,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
+        report: Path | None = None,
     ) -> None:
         self.computed_s = 0.0
         self.held_up_s = 0.0
         self._times = times
         self._clock = clock
         self._sleep = sleep
-        self._free_s = clock()
+        self._report = report
+        self._free_s = self._reported_s = clock()
         self._to_take = 0
 
     def begin(self, shape: StepShape) -> float:
@@ -62,17 +72,41 @@ class Pace:
         late_s = self._clock() - end_s
         self.held_up_s += max(late_s, 0.0)
         self._to_take -= 1
+        if self._report is not None and end_s >= self._reported_s + _REPORT_SECONDS:
+            self._reported_s = end_s
+            totals = {"computed_s": self.computed_s, "held_up_s": self.held_up_s}
+            write_json(self._report, totals)
         self._sleep(max(-late_s, 0.0))
 
 
-def variables(times: float) -> dict[str, str]:
-    """Environment of a server whose plugins include `platform`."""
-    return {_VARIABLE: str(times)}
+def variables(times: float, folder: Path) -> dict[str, str]:
+    """Environment of a server whose plugins include `platform` and that reports to `folder`."""
+    report = folder / _REPORT
+    # Of a server before.
+    report.unlink(missing_ok=True)
+    return {_TIMES_VARIABLE: str(times), _REPORT_VARIABLE: str(report.resolve())}
 
 
 def pace_of_environment() -> Pace:
     """The pace that `variables` asked for."""
-    return Pace(float(os.environ[_VARIABLE]))
+    report = Path(os.environ[_REPORT_VARIABLE])
+    return Pace(float(os.environ[_TIMES_VARIABLE]), report=report)
+
+
+def read_report(folder: Path) -> dict[str, float]:
+    """A server's `computed_s` and `held_up_s` until now; nothing where there is no pace."""
+    report = folder / _REPORT
+    if not report.is_file():
+        return {}
+    totals: dict[str, float] = json.loads(report.read_text(encoding="utf-8"))
+    return totals
+
+
+def held_up_share(totals: Mapping[str, float]) -> dict[str, float]:
+    """How much of the paced time the machine was too slow for, as a figure of a result."""
+    if not totals:
+        return {}
+    return {"pace_held_up_share": totals["held_up_s"] / totals["computed_s"]}
 
 
 def platform() -> str:

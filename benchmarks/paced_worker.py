@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
     Output = ModelRunnerOutput | AsyncModelRunnerOutput
-
-# The name's beginning decides whether vLLM prints what is logged.
-_logger = init_logger("vllm.benchmarks.paced_worker")
 
 
 class PacedOutput(AsyncModelRunnerOutput):
@@ -35,6 +31,13 @@ class PacedOutput(AsyncModelRunnerOutput):
             output = output.get_output()
         self._pace.take(self._end_s)
         return output
+
+    def get_kv_connector_output(self) -> Any:
+        """What the KV connector said of the step; vLLM 0.33 asks for it if `get_output` fails."""
+        output: Any = self._output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return output.get_kv_connector_output()
+        return output.kv_connector_output
 
 
 class PacedWorker(CPUWorker):
@@ -54,9 +57,3 @@ class PacedWorker(CPUWorker):
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Output:
         """The tokens of the step that was computed last, once it is over."""
         return PacedOutput(super().sample_tokens(grammar_output), self._pace, self._end_s)
-
-    def shutdown(self) -> None:
-        """Log how far the machine could keep the pace."""
-        pace = self._pace
-        _logger.info("paced steps: %.1f s, held up: %.3f s", pace.computed_s, pace.held_up_s)
-        super().shutdown()

@@ -16,7 +16,7 @@ def plugin_environment(folder: Path, times: float | None) -> dict[str, str]:
     """Variables with which vLLM's processes find the plugins that are announced in `folder`.
 
     Args:
-        folder: for the announcement; a server's own.
+        folder: for the announcement, and what the pace reports; a server's own.
         times: the pace of steps; None: as fast as the machine computes them.
     """
     announced = folder / "fastserve_benchmark-0.dist-info"
@@ -27,4 +27,4 @@ def plugin_environment(folder: Path, times: float | None) -> dict[str, str]:
     root = Path(__file__).parent.parent
     paths = [str(folder.resolve()), str(root), os.environ.get("PYTHONPATH", "")]
     found = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return found if times is None else found | pace.variables(times)
+    return found if times is None else found | pace.variables(times, folder)

@@ -49,6 +49,7 @@ COST_COLUMNS: Columns = (
     ("waited for a core", "wall.run_delay_share"),
     ("machine short of cores", "wall.cpu_pressure_share"),
     ("a fixed loop us", "wall.loop_us"),
+    ("pace held up", "wall.pace_held_up_share"),
     ("client late max ms", "wall.client_late_max_ms"),
 )
 TABLES: tuple[Columns, ...] = (LATENCY_COLUMNS, SLOWDOWN_COLUMNS, COST_COLUMNS)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.pace import Pace
+from benchmarks.pace import Pace, held_up_share, read_report
 from benchmarks.plugins import plugin_environment
 from benchmarks.virtual_clock import StepShape, VirtualClock
 
@@ -79,6 +79,25 @@ def test_a_machine_too_slow_is_noticed(pace, clock):
     assert clock() == pytest.approx(first + 1)
     pace.take(second)
     assert pace.held_up_s == pytest.approx(2)
+
+
+def test_a_running_server_reports(tmp_path, clock):
+    """About every second, for whoever reads it meanwhile; a new server begins without a report."""
+    pace = Pace(1, clock, clock.advance, report=tmp_path / "pace.json")
+    assert held_up_share(read_report(tmp_path)) == {}
+    pace.take(pace.begin(STEP))
+    assert read_report(tmp_path) == {}
+    end_s = pace.begin(STEP)
+    clock.advance_to(end_s + 1)
+    pace.take(end_s)
+    second = pace.begin(STEP)
+    clock.advance_to(second)
+    pace.take(second)
+    found = read_report(tmp_path)
+    assert found == {"computed_s": pytest.approx(3 * STEP.seconds), "held_up_s": pytest.approx(1)}
+    assert held_up_share(found)["pace_held_up_share"] == pytest.approx(1 / (3 * STEP.seconds))
+    plugin_environment(tmp_path, TIMES)
+    assert read_report(tmp_path) == {}
 
 
 def generated(model, env, folder):

@@ -6,6 +6,11 @@ import vllm
 from serving import serving
 from tiny_engine import running, workload
 
+from benchmarks.plugins import plugin_environment
+
+# A decode takes 57 ms, which leaves the API server of a busy machine the time to send each token.
+PACE = 40
+
 
 @pytest.fixture(scope="session")
 def requests():
@@ -28,6 +33,16 @@ def server(tiny_model, subprocess_env, tmp_path_factory):
     # vLLM compiles its ranking of logprobs at first use: ten seconds, for nothing that is tested.
     env = subprocess_env | {"TORCHDYNAMO_DISABLE": "1"}
     with serving(tiny_model, [*flags, "--max-num-seqs", "4"], env, log) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def paced_server(tiny_model, subprocess_env, tmp_path_factory):
+    """One whose steps take their time, scheduled one ahead as on an accelerator."""
+    folder = tmp_path_factory.mktemp("paced")
+    env = subprocess_env | plugin_environment(folder, PACE)
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with serving(tiny_model, ["--scheduler", "fastserve"], env, folder / "server.log") as server:
         yield server
 
 

@@ -63,24 +63,29 @@ def test_chat(server, client):
     assert answer.usage.completion_tokens == 12
 
 
-def test_streaming_token_by_token(server, client):
-    """Tokens arrive one by one, and together are the unstreamed answer; usage comes last."""
+def test_streaming(server, client):
+    """The pieces of a stream together are the unstreamed answer; usage comes last."""
     arguments = greedy(server, "once upon a time", 20)
     whole = client.completions.create(**arguments)
-    most = 0
-    # The API server bundles what it is too slow to send, so a busy machine may spoil a stream.
-    for _ in range(5):
-        chunks = list(
-            client.completions.create(
-                **arguments, stream=True, stream_options={"include_usage": True}
-            )
-        )
-        tokens = [chunk.choices[0].token_ids for chunk in chunks if chunk.choices]
-        assert list(itertools.chain(*tokens)) == whole.choices[0].token_ids
-        assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-        assert chunks[-1].usage.completion_tokens == 20
-        most = max(most, sum(len(step) == 1 for step in tokens))
-    assert most >= 18, "tokens were bundled"
+    chunks, tokens = streamed(client, arguments)
+    assert list(itertools.chain(*tokens)) == whole.choices[0].token_ids
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert chunks[-1].usage.completion_tokens == 20
+
+
+def test_streaming_token_by_token(paced_server):
+    """Every token is sent when it is there, none together with the next one."""
+    url = f"{paced_server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client:
+        _, tokens = streamed(client, greedy(paced_server, "once upon a time", 20))
+    assert [len(step) for step in tokens] == [1] * 20
+
+
+def streamed(client, arguments):
+    """The chunks of a stream, and the token ids in each that has some."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.completions.create(**arguments, **options))
+    return chunks, [chunk.choices[0].token_ids for chunk in chunks if chunk.choices]
 
 
 def test_parallel_choices(server, client):

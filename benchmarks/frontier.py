@@ -80,7 +80,12 @@ ARRANGEMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     *(
         ("first_token_share", f"share {s:g}", {"first_token_share": s})
-        for s in (0.1, 0.2, 0.3, 0.4, 0.5)
+        for s in (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5)
+    ),
+    (
+        "6 levels, share 0.01",
+        "6 levels, share 0.01",
+        {"num_levels": 6, "first_token_share": 0.01},
     ),
     ("lengths not learned", "lengths not learned", {"learn_lengths": False}),
 )

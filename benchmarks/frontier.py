@@ -217,7 +217,7 @@ def draw(
     path: Path,
 ) -> None:
     """Both planes in one picture."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
+    figure, axes = plt.subplots(1, 2, figsize=(15, 5.2), layout="constrained")
     planes = (
         ("gap P95", "longest token gap, P95, seconds"),
         ("normalized", "normalized latency, over FCFS"),
@@ -226,9 +226,9 @@ def draw(
         _draw_plane(axis, simulated, real, across)
         axis.set(xlabel=label, ylabel="mean end-to-end latency, over FCFS", xscale="log")
         axis.grid(visible=True, alpha=0.3)
-    axes[0].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -240,6 +240,8 @@ def _draw_plane(
     across: str,
 ) -> None:
     families = dict.fromkeys(family for family, _, _ in ARRANGEMENTS)
+    # As many colours as there are families.
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for family in families:
         names = [name for other, name, _ in ARRANGEMENTS if other == family]
         points = sorted((simulated[name][across], simulated[name]["e2e mean"]) for name in names)

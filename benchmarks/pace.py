@@ -103,8 +103,11 @@ def read_report(folder: Path) -> dict[str, float]:
 
 
 def held_up_share(totals: Mapping[str, float]) -> dict[str, float]:
-    """How much of the paced time the machine was too slow for, as a figure of a result."""
-    if not totals:
+    """How much of the paced time the machine was too slow for, as a figure of a result.
+
+    Nothing where no report says, as after less than a second.
+    """
+    if not totals.get("computed_s"):
         return {}
     return {"pace_held_up_share": totals["held_up_s"] / totals["computed_s"]}
 

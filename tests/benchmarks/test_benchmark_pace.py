@@ -96,6 +96,7 @@ def test_a_running_server_reports(tmp_path, clock):
     found = read_report(tmp_path)
     assert found == {"computed_s": pytest.approx(3 * STEP.seconds), "held_up_s": pytest.approx(1)}
     assert held_up_share(found)["pace_held_up_share"] == pytest.approx(1 / (3 * STEP.seconds))
+    assert held_up_share(dict.fromkeys(found, 0.0)) == {}
     plugin_environment(tmp_path, TIMES)
     assert read_report(tmp_path) == {}
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.manifest import write_json
 from benchmarks.virtual_clock import StepShape
+from benchmarks.wall_clock import WallClock
+
+if TYPE_CHECKING:
+    from benchmarks.serving import Clock
 
 _TIMES_VARIABLE = "FASTSERVE_BENCHMARK_PACE"
 _REPORT_VARIABLE = "FASTSERVE_BENCHMARK_PACE_REPORT"
@@ -30,8 +34,7 @@ class Pace:
 
     Args:
         times: how many times as long as on the virtual clock a step takes.
-        clock: reads seconds.
-        sleep: sleeps for seconds.
+        clock: the wall's, but in tests.
         report: file for the two figures below, written about every second; None: none.
 
     Attributes:
@@ -40,18 +43,11 @@ class Pace:
             the end of one whose output was still to be taken, and outputs that were not there.
     """
 
-    def __init__(
-        self,
-        times: float,
-        clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = time.sleep,
-        report: Path | None = None,
-    ) -> None:
+    def __init__(self, times: float, clock: Clock, report: Path | None = None) -> None:
         self.computed_s = 0.0
         self.held_up_s = 0.0
         self._times = times
         self._clock = clock
-        self._sleep = sleep
         self._report = report
         self._free_s = self._reported_s = clock()
         self._to_take = 0
@@ -69,14 +65,13 @@ class Pace:
 
     def take(self, end_s: float) -> None:
         """Wait for the end of a step whose output is there."""
-        late_s = self._clock() - end_s
-        self.held_up_s += max(late_s, 0.0)
+        self.held_up_s += max(self._clock() - end_s, 0.0)
         self._to_take -= 1
         if self._report is not None and end_s >= self._reported_s + _REPORT_SECONDS:
             self._reported_s = end_s
             totals = {"computed_s": self.computed_s, "held_up_s": self.held_up_s}
             write_json(self._report, totals)
-        self._sleep(max(-late_s, 0.0))
+        self._clock.advance_to(end_s)
 
 
 def variables(times: float, folder: Path) -> dict[str, str]:
@@ -90,7 +85,7 @@ def variables(times: float, folder: Path) -> dict[str, str]:
 def pace_of_environment() -> Pace:
     """The pace that `variables` asked for."""
     report = Path(os.environ[_REPORT_VARIABLE])
-    return Pace(float(os.environ[_TIMES_VARIABLE]), report=report)
+    return Pace(float(os.environ[_TIMES_VARIABLE]), WallClock(), report)
 
 
 def read_report(folder: Path) -> dict[str, float]:

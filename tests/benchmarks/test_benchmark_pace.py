@@ -42,7 +42,7 @@ def clock():
 @pytest.fixture
 def pace(clock):
     """Of a device twice as slow as the virtual clock says; to sleep is to let its time pass."""
-    return Pace(2, clock, clock.advance)
+    return Pace(2, clock)
 
 
 def test_a_step_waits_for_the_one_before(pace, clock):
@@ -83,7 +83,7 @@ def test_a_machine_too_slow_is_noticed(pace, clock):
 
 def test_a_running_server_reports(tmp_path, clock):
     """About every second, for whoever reads it meanwhile; a new server begins without a report."""
-    pace = Pace(1, clock, clock.advance, report=tmp_path / "pace.json")
+    pace = Pace(1, clock, tmp_path / "pace.json")
     assert held_up_share(read_report(tmp_path)) == {}
     pace.take(pace.begin(STEP))
     assert read_report(tmp_path) == {}
